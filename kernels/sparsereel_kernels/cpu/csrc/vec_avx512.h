@@ -1,0 +1,59 @@
+// Sixteen floats in one AVX-512 register.
+#pragma once
+
+struct V {
+    __m512 v;
+};
+
+static inline V zero() { return {_mm512_setzero_ps()}; }
+static inline V set1(float x) { return {_mm512_set1_ps(x)}; }
+static inline V load(const float* p) { return {_mm512_loadu_ps(p)}; }
+static inline void store(float* p, V a) { _mm512_storeu_ps(p, a.v); }
+static inline V add(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
+static inline V sub(V a, V b) { return {_mm512_sub_ps(a.v, b.v)}; }
+static inline V mul(V a, V b) { return {_mm512_mul_ps(a.v, b.v)}; }
+static inline V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// The second operand wins where one is NaN, so pass the data second.
+static inline V maximum(V a, V b) { return {_mm512_max_ps(a.v, b.v)}; }
+static inline float hmax(V a) { return _mm512_reduce_max_ps(a.v); }
+static inline float hsum(V a) { return _mm512_reduce_add_ps(a.v); }
+
+// Lanes whose bit is set keep a, the others become fill.
+static inline V keep(uint32_t bits, V a, V fill) { return {_mm512_mask_mov_ps(fill.v, (__mmask16)bits, a.v)}; }
+static inline V scale_positive(V a, V factor) {
+    return {_mm512_mask_mul_ps(a.v, _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GT_OQ), a.v, factor.v)};
+}
+
+static inline V nearest(V a) {
+    return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// a * 2^n for whole numbers n
+static inline V ldexp2(V a, V n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+
+static inline V widen_bf16(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
+
+static inline __m256i narrow_bf16(V a) {
+    // Round to nearest even on the bits; NaN stays NaN.
+    __m512i x = _mm512_castps_si512(a.v);
+    __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(x, _mm512_add_epi32(lsb, _mm512_set1_epi32(0x7fff))), 16);
+    __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+}
+
+// The first n (1..16) elements; the other lanes are 0 and their memory is not touched.
+static inline V load_as(const void* p, int64_t dtype, int64_t n) {
+    __mmask16 m = (__mmask16)((1u << n) - 1);
+    if (dtype == SPARSEREEL_FLOAT32) return {_mm512_maskz_loadu_ps(m, p)};
+    __m256i h = _mm256_maskz_loadu_epi16(m, p);
+    return dtype == SPARSEREEL_BFLOAT16 ? widen_bf16(h) : V{_mm512_cvtph_ps(h)};
+}
+static inline void store_as(void* p, int64_t dtype, int64_t n, V a) {
+    __mmask16 m = (__mmask16)((1u << n) - 1);
+    if (dtype == SPARSEREEL_FLOAT32) {
+        _mm512_mask_storeu_ps(p, m, a.v);
+        return;
+    }
+    __m256i h = dtype == SPARSEREEL_BFLOAT16 ? narrow_bf16(a) : _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT);
+    _mm256_mask_storeu_epi16(p, m, h);
+}
