@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import binding
-from .build import BuildError, BuildStatus, build, build_status
+from .builder import BuildError, BuildStatus, build, build_status
 
 if TYPE_CHECKING:
     from ..block_mask import BlockMask

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .build import BuildError, library
+from .builder import BuildError, library
 
 if TYPE_CHECKING:
     from ..block_mask import BlockMask

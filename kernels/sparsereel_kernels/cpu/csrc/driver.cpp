@@ -20,7 +20,10 @@ namespace {
 
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr int64_t TASK_ROWS = 192;                  // larger query blocks are cut
-constexpr int64_t WAVE_BYTES = int64_t(32) << 20;   // packed keys and values at a time, unless one head needs more
+#ifndef WAVE
+#define WAVE 32
+#endif
+constexpr int64_t WAVE_BYTES = int64_t(WAVE) << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

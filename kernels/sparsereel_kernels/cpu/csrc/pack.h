@@ -3,7 +3,11 @@
 
 // Words of 32 bits (a float, or a bf16 pair): to[w * 16 + t] = from[t][w] for 16 tokens.
 static void transpose_strip(const float* from, int64_t words, float* to) {
-    for (int64_t w = 0; w < words; w++)
+    int64_t w = 0;
+#ifdef SPARSEREEL_FAST_TRANSPOSE
+    for (; w + STRIP <= words; w += STRIP) transpose16(from + w, words, to + w * STRIP);
+#endif
+    for (; w < words; w++)
         for (int64_t t = 0; t < STRIP; t++) to[w * STRIP + t] = from[t * words + w];
 }
 

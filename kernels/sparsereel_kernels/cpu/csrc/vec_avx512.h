@@ -57,3 +57,29 @@ static inline void store_as(void* p, int64_t dtype, int64_t n, V a) {
     __m256i h = dtype == SPARSEREEL_BFLOAT16 ? narrow_bf16(a) : _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT);
     _mm256_mask_storeu_epi16(p, m, h);
 }
+
+// to[w * 16 + t] = from[t * row + w] for 16 rows t and 16 words w: four rounds of pairing rows and halves.
+#define SPARSEREEL_FAST_TRANSPOSE
+static inline void transpose16(const float* from, int64_t row, float* to) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(from + i * row);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + j + 2]);
+            a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+            a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+        }
+    // a[4 g + c] now holds column 4 lane + c of rows 4 g .. 4 g + 3 in each 128-bit lane.
+    for (int c = 0; c < 4; c++) {
+        __m512 x = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88), y = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
+        __m512 z = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd), w = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
+        _mm512_storeu_ps(to + c * 16, _mm512_shuffle_f32x4(x, y, 0x88));
+        _mm512_storeu_ps(to + (8 + c) * 16, _mm512_shuffle_f32x4(x, y, 0xdd));
+        _mm512_storeu_ps(to + (4 + c) * 16, _mm512_shuffle_f32x4(z, w, 0x88));
+        _mm512_storeu_ps(to + (12 + c) * 16, _mm512_shuffle_f32x4(z, w, 0xdd));
+    }
+}

@@ -67,7 +67,7 @@ class _Toolchain:
 
 
 def _run(command: list[str], **options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, **options)  # type: ignore[call-overload,no-any-return]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, **options)  # type: ignore[call-overload]
 
 
 @lru_cache(maxsize=4)
