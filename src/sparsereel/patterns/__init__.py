@@ -1,0 +1,49 @@
+"""Patterns: which tokens attend to which, one method a file.
+
+    make("radial", decay=0.5)                     # by name, as YAML and the command line do
+    Neighborhood(window=(3, 5, 5)) | Sink()       # by class; `&` and `|` combine
+    pattern.token_mask(grid)                      # the definition, bool [S, S]
+    pattern.block_mask(grid, block=(128, 64))     # the same as block lists, for the kernels
+
+Every file draws itself: `python -m sparsereel.patterns.radial -o radial.png`.
+"""
+
+from __future__ import annotations
+
+from sparsereel.patterns.base import Pattern
+from sparsereel.patterns.causal import Causal
+from sparsereel.patterns.compose import AllOf, AnyOf, KeepSinks
+from sparsereel.patterns.diagonal import Diagonal
+from sparsereel.patterns.full import Full
+from sparsereel.patterns.multi_diagonal import MultiDiagonal
+from sparsereel.patterns.neighborhood import Neighborhood
+from sparsereel.patterns.radial import Radial
+from sparsereel.patterns.registry import arguments_of, make, names
+from sparsereel.patterns.sink import Sink
+from sparsereel.patterns.skip import Skip
+from sparsereel.patterns.sliding_tile import SlidingTile
+from sparsereel.patterns.spatial import Spatial
+from sparsereel.patterns.temporal import Temporal
+from sparsereel.patterns.vertical_stripe import VerticalStripe
+
+__all__ = [
+    "AllOf",
+    "AnyOf",
+    "Causal",
+    "Diagonal",
+    "Full",
+    "KeepSinks",
+    "MultiDiagonal",
+    "Neighborhood",
+    "Pattern",
+    "Radial",
+    "Sink",
+    "Skip",
+    "SlidingTile",
+    "Spatial",
+    "Temporal",
+    "VerticalStripe",
+    "arguments_of",
+    "make",
+    "names",
+]
