@@ -1,1 +1,13 @@
-"""Native kernels and BlockMask."""
+"""Block-sparse attention for PyTorch: BlockMask says which blocks of keys to visit, sparse_attention visits them.
+
+Knows tensors, not models. `reference.py` is the definition; the backends are tested against it.
+"""
+
+from __future__ import annotations
+
+from .attention import sparse_attention
+from .block_mask import BlockMask
+from .errors import BackendUnavailable
+from .modifiers import FrameDecay, KeyBias
+
+__all__ = ["BackendUnavailable", "BlockMask", "FrameDecay", "KeyBias", "sparse_attention"]
