@@ -18,7 +18,7 @@ from sparsereel.patterns.full import Full
 from sparsereel.patterns.multi_diagonal import MultiDiagonal
 from sparsereel.patterns.neighborhood import Neighborhood
 from sparsereel.patterns.radial import Radial
-from sparsereel.patterns.registry import arguments_of, make, names
+from sparsereel.patterns.registry import make, names
 from sparsereel.patterns.sink import Sink
 from sparsereel.patterns.skip import Skip
 from sparsereel.patterns.sliding_tile import SlidingTile
@@ -43,7 +43,6 @@ __all__ = [
     "Spatial",
     "Temporal",
     "VerticalStripe",
-    "arguments_of",
     "make",
     "names",
 ]

@@ -7,7 +7,9 @@ own needs only `allowed`; its block masks are then exact too, and slow.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import MISSING, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -79,7 +81,7 @@ class Pattern:
 
         Args:
             block: (query, key) tokens of a block, multiples of 8.
-            heads: Number of heads. Heads that are alike share one mask (a head dimension of 1).
+            heads: Number of heads. Where all are alike they share one mask (a head dimension of 1).
             order: Order of the tokens in the sequence the mask is for; None = grid order.
             queries, keys: (start, stop) ranges of tokens in that order; None = all. For shards and streaming.
             exact: True decodes to `token_mask`; False makes every touched block full (a superset, without bits).
@@ -88,9 +90,6 @@ class Pattern:
             ValueError: an order of another length, a range outside the sequence.
         """
         patterns = [self.for_head(layer, head) for head in range(heads)]
-        if any(pattern != patterns[0] for pattern in patterns):
-            options = {"layer": layer, "order": order, "queries": queries, "keys": keys, "exact": exact}
-            return BlockMask.stack([pattern.block_mask(grid, block, **options) for pattern in patterns])
         tokens = Tokens.of(grid)
         if order is not None:
             if len(order) != grid.seq_len:
@@ -100,14 +99,32 @@ class Pattern:
             Side(_cut(tokens, "queries", queries), block[0]),
             Side(_cut(tokens, "keys", keys), block[1]),
         )
-        return to_block_mask(decide(patterns[0].rule(grid), layout), layout, exact=exact)
+        different = dict.fromkeys(patterns)
+        masks = {p: to_block_mask(decide(p.rule(grid), layout), layout, exact=exact) for p in different}
+        return masks[patterns[0]] if len(masks) == 1 else BlockMask.stack([masks[p] for p in patterns])
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that differ from their defaults, so that `make(name, **arguments)` gives the pattern back."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        required = {f.name: given[f.name] for f in fields(self) if f.default is MISSING}  # type: ignore[arg-type]
+        defaults = type(self)(**required)
+        return {k: v for k, v in given.items() if k in required or repr(v) != repr(getattr(defaults, k))}
+
+    def __str__(self) -> str:
+        """Short form for tables: the name and the arguments that differ from their defaults."""
+        listed = ", ".join(f"{key}={value}" for key, value in self.arguments().items())
+        return f"{self.name}({listed})" if listed else self.name
 
     # A window of 1 (token) and of 1.0 (the whole axis) are equal numbers and different patterns, so text is compared.
+    @cached_property
+    def _written(self) -> str:
+        return repr(self)
+
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and repr(self) == repr(other)
+        return type(self) is type(other) and isinstance(other, Pattern) and self._written == other._written
 
     def __hash__(self) -> int:
-        return hash(repr(self))
+        return hash(self._written)
 
     def __and__(self, other: Pattern) -> AllOf:
         from sparsereel.patterns.compose import AllOf

@@ -42,6 +42,9 @@ class _Composition(Pattern):
         tiles = (part.preferred_tile(grid) for part in self.parts)
         return next((tile for tile in tiles if tile is not None), None)
 
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(str(part) for part in self.parts)})"
+
     def _masks(self, grid: TokenGrid, layer: int, head: int | None) -> list[Tensor]:
         return [part.token_mask(grid, layer=layer, head=head) for part in self.parts]
 
@@ -114,6 +117,9 @@ class KeepSinks(Pattern):
     @property
     def sees_itself(self) -> bool:  # type: ignore[override]
         return self.pattern.sees_itself
+
+    def __str__(self) -> str:
+        return f"{self.pattern} + first frame"
 
     def _inner(self, grid: TokenGrid) -> Pattern:
         return self.pattern if grid.frames == 1 else self.pattern | Sink(self.frames)

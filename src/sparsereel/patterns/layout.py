@@ -136,9 +136,10 @@ def hash_rows(rows: Tensor) -> Tensor:
 
 
 def scramble(x: Tensor) -> Tensor:
-    """Mix the bits of int64 numbers (wraps around)."""
-    x = (x ^ (x >> 31)) * 0x9E3779B97F4A7C1
-    return x ^ (x >> 29)
+    """Mix the bits of int64 numbers, one to one (products wrap around)."""
+    # Only shifts that bring in zeros are one to one under "xor", so the copies of the sign bit are cut off.
+    x = (x ^ ((x >> 31) & (2**33 - 1))) * 0x9E3779B97F4A7C1
+    return x ^ ((x >> 29) & (2**35 - 1))
 
 
 def unique_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

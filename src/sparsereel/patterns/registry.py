@@ -62,15 +62,6 @@ def make(name: str, **arguments: Any) -> Pattern:
     return pattern
 
 
-def arguments_of(pattern: Pattern) -> dict[str, Any]:
-    """The arguments that differ from their defaults, so that `make(pattern.name, **arguments)` gives it back."""
-    given = {field.name: getattr(pattern, field.name) for field in fields(pattern)}  # type: ignore[arg-type]
-    required = {f.name: given[f.name] for f in fields(pattern) if f.default is MISSING}  # type: ignore[arg-type]
-    defaults = type(pattern)(**required)
-    # Text is compared because 1 and 1.0 differ as sizes.
-    return {k: v for k, v in given.items() if k in required or repr(v) != repr(getattr(defaults, k))}
-
-
 def _signature(cls: type[Any]) -> str:
     listed = (f.name if f.default is MISSING else f"{f.name}={f.default}" for f in fields(cls))
     return ", ".join(listed) or "none"

@@ -34,14 +34,13 @@ class Layout:
     def __init__(self, queries: Side, keys: Side) -> None:
         self.queries = queries
         self.keys = keys
-        self.memory: dict[tuple[int, str], Any] = {}
+        self.memory: dict[tuple[Rule, str], Any] = {}
 
     def once(self, rule: Rule, what: str, compute: Callable[[], Any]) -> Any:
         """`compute()` the first time that `rule` asks for `what`, remembered afterwards."""
-        key = (id(rule), what)
-        if key not in self.memory:
-            self.memory[key] = compute()
-        return self.memory[key]
+        if (rule, what) not in self.memory:
+            self.memory[rule, what] = compute()
+        return self.memory[rule, what]
 
     @property
     def words(self) -> int:
