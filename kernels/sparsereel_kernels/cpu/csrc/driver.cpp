@@ -11,6 +11,8 @@
 #include <string>
 #include <vector>
 
+#include <sys/mman.h>
+
 #include "isa.h"
 #include "parallel.h"
 #include "unit.h"
@@ -20,12 +22,12 @@ namespace {
 
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr int64_t TASK_ROWS = 192;                  // larger query blocks are cut
-#ifndef WAVE
-#define WAVE 32
-#endif
-constexpr int64_t WAVE_BYTES = int64_t(WAVE) << 20;
+constexpr int64_t WAVE_BYTES = int64_t(8) << 20;    // packed keys and values at a time, unless one head needs more
+constexpr int64_t WAVE_BYTES_A_THREAD = int64_t(4) << 20;  // many threads need many tasks a wave
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int64_t MAX_FRAMES = int64_t(1) << 26;    // largest frame number that FrameDecay takes
 
 struct Failure {
     int32_t status;
@@ -38,12 +40,18 @@ using Buffer = std::unique_ptr<char, FreeAligned>;
 
 Buffer allocate(size_t bytes) {
     void* p = nullptr;
-    if (posix_memalign(&p, 4096, std::max<size_t>(bytes, 64))) throw Failure{SPARSEREEL_NO_MEMORY};
+    constexpr size_t huge = size_t(2) << 20;
+    if (posix_memalign(&p, bytes < huge ? 4096 : huge, std::max<size_t>(bytes, 64))) throw Failure{SPARSEREEL_NO_MEMORY};
+#if defined(MADV_HUGEPAGE)
+    if (bytes >= huge) madvise(p, bytes, MADV_HUGEPAGE);  // only a wish: fewer page faults where granted
+#endif
     return Buffer((char*)p);
 }
 
 // The packed copy is kept for the next call: fresh memory costs a page fault every 4 KiB, as much as packing itself.
 class Workspace {
+    static constexpr size_t KEPT_BYTES = size_t(256) << 20;
+
   public:
     explicit Workspace(size_t bytes) : lock_(mutex(), std::try_to_lock) {
         if (!lock_.owns_lock()) {
@@ -60,7 +68,7 @@ class Workspace {
         data_ = kept().get();
     }
     ~Workspace() {
-        if (lock_.owns_lock() && size() > 2 * (size_t)WAVE_BYTES) {
+        if (lock_.owns_lock() && size() > KEPT_BYTES) {
             kept().reset();
             size() = 0;
         }
@@ -214,38 +222,48 @@ class Prepared {
         call.bias_batch = batch > 1 ? heads * columns : 0;
     }
 
+    // Factors by signed distance, one entry for each distance that may occur, so that the kernels need no bounds.
+    void set_ramp(int64_t top_q, int64_t top_k) {
+        const SparsereelArgs& a = *call.args;
+        // A strip of consecutive frames reads up to 15 past its last frame where the sequence ends inside it.
+        int64_t back = top_q, ahead = top_k + STRIP;
+        if (back + ahead > MAX_FRAMES) throw Failure{SPARSEREEL_BAD_SIZE};
+        ramp_.resize((size_t)(back + ahead + 1));
+        for (int64_t d = -back; d <= ahead; d++)
+            ramp_[(size_t)(d + back)] = a.decay[std::min(std::abs(d), a.decay_size - 1)];
+        ones_.assign((size_t)(ahead + 1), 1.f);
+        call.ramp = ramp_.data() + back;
+        call.ones = ones_.data();
+    }
+
     void set_frames() {
         const SparsereelArgs& a = *call.args;
-        int64_t reach = a.decay_size + STRIP - 1;
-        ramp_.resize((size_t)(2 * reach + 1));
-        for (int64_t d = -reach; d <= reach; d++)
-            ramp_[(size_t)(d + reach)] = a.decay[std::min(std::abs(d), a.decay_size - 1)];
-        call.ramp = ramp_.data() + reach;
+        int32_t top_q = 0, top_k = 0;
+        for (int64_t i = 0; i < a.q_len; i++) top_q = std::max(top_q, a.frame_of_q[i]);
+        for (int64_t i = 0; i < a.kv_len; i++) top_k = std::max(top_k, a.frame_of_k[i]);
+        set_ramp(top_q, top_k);
         frames_.assign((size_t)(strips() * STRIP), -1);
-        kinds_.assign((size_t)strips(), FRAME_UNIFORM);
+        kinds_.assign((size_t)strips(), FRAME_EXEMPT);
         for (int64_t s = 0; s < strips(); s++) {
             int32_t* f = frames_.data() + s * STRIP;
-            bool same = true, rising = true;
-            int64_t first = token(s, 0);
+            bool exempt = true, same = true, rising = true;
+            // Columns that do not exist fit any pattern: they are masked in any case.
             for (int64_t c = 0; c < STRIP; c++) {
                 int64_t t = token(s, c);
-                // Columns that do not exist follow the strip's pattern: they are masked in any case.
-                if (t < 0) {
-                    f[c] = first < 0 ? -1 : same ? f[0] : f[c - 1] + 1;
-                    continue;
-                }
-                f[c] = a.frame_of_k[t];
+                if (t < 0) continue;
+                f[c] = std::max(a.frame_of_k[t], -1);
+                exempt &= f[c] < 0;
                 same &= f[c] == f[0];
                 rising &= f[0] >= 0 && f[c] == f[0] + (int32_t)c;
             }
-            kinds_[(size_t)s] = same ? FRAME_UNIFORM : rising ? FRAME_CONSECUTIVE : FRAME_MIXED;
+            kinds_[(size_t)s] = exempt ? FRAME_EXEMPT : same ? FRAME_UNIFORM : rising ? FRAME_CONSECUTIVE : FRAME_MIXED;
         }
         call.frame_of_k = frames_.data();
         call.frame_kind = kinds_.data();
     }
 
     std::vector<uint8_t> bits_, kinds_;
-    std::vector<float> bias_, ramp_;
+    std::vector<float> bias_, ramp_, ones_;
     std::vector<int32_t> frames_;
 };
 
@@ -296,7 +314,8 @@ void forward(const SparsereelArgs& a, const Unit& unit, const Pool& pool) {
     Call& call = prepared.call;
     Visits visits(call, pool);
     int64_t heads = a.batch * a.kv_heads, head_bytes = prepared.head_bytes();
-    int64_t wave = std::min(heads, std::max<int64_t>(1, WAVE_BYTES / std::max<int64_t>(1, head_bytes)));
+    int64_t wave_bytes = std::max(WAVE_BYTES, a.threads * WAVE_BYTES_A_THREAD);
+    int64_t wave = std::min(heads, std::max<int64_t>(1, wave_bytes / std::max<int64_t>(1, head_bytes)));
     Workspace space((size_t)(wave * head_bytes));
     call.k_packed = space.data();
     call.v_packed = call.k_packed + wave * prepared.strips() * call.k_strip;

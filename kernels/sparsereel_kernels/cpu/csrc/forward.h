@@ -19,6 +19,8 @@ template <class Op>
 struct Work {
     typename Op::Elem *q, *p;
     float *scores, *acc, *peak, *top, *total, *fade;
+    const float** ramps;
+    const float* bias;
     Panel* panels;
     int64_t score_row, p_row;
 };
@@ -45,33 +47,61 @@ static Work<Op> carve(const Call& call, int64_t rows, char** scratch) {
     w.fade = (float*)take(scratch, panel_rows * 4);
     w.top = (float*)take(scratch, rows * 4);
     w.total = (float*)take(scratch, rows * 4);
+    w.ramps = (const float**)take(scratch, rows * (int64_t)sizeof(float*));
+    w.bias = nullptr;
     w.panels = (Panel*)take(scratch, rows * (int64_t)sizeof(Panel));
     return w;
 }
 
+enum ScoreMode { PLAIN, MASKED, MODIFIED };
+
 struct ScoreTile {
     const Strip* strips;  // COLUMNS of them
     int64_t row;          // of the panel, for the strips' bits
-    int64_t bits_row;
     float *scores, *peak;
     int64_t score_row;
     bool first;  // first strips of the run: peak holds nothing yet
-    bool tracked;  // keep the row maxima
+    const float* const* ramps;  // factor of each row by key frame, under FrameDecay
+    const float* bias;          // of this batch and head, or null
 };
 
-template <class Op, int R, bool MASKED>
-static void score(const typename Op::Elem* q, int64_t q_row, int64_t steps, const ScoreTile& t) {
+// Scales the raw products of one strip and applies FrameDecay or KeyBias.
+template <int R, int N>
+INLINE void modify(const Call& call, const ScoreTile& t, int j, V (&c)[R][N]) {
+    const int64_t index = t.strips[j].index;
+    const V scale = set1(call.logit_scale), offset = t.bias ? load(t.bias + index * STRIP) : zero();
+    const int32_t* frames = call.frame_of_k ? call.frame_of_k + index * STRIP : nullptr;
+    const int kind = frames ? call.frame_kind[index] : FRAME_EXEMPT;
+    V factor = set1(1.f);
+    UNROLL for (int r = 0; r < R; r++) {
+        V x = mul(c[r][j], scale);
+        if (kind == FRAME_UNIFORM)
+            x = scale_positive(x, set1(t.ramps[r][frames[0]]));
+        else if (kind == FRAME_CONSECUTIVE)
+            x = scale_positive(x, load(t.ramps[r] + frames[0]));
+        else if (kind == FRAME_MIXED) {
+            // Neighbouring queries are mostly of one frame.
+            if (r == 0 || t.ramps[r] != t.ramps[r - 1]) factor = lookup(t.ramps[r], frames);
+            x = scale_positive(x, factor);
+        }
+        c[r][j] = add(x, offset);
+    }
+}
+
+template <class Op, int R, int MODE>
+static void score(const Call& call, const typename Op::Elem* q, const ScoreTile& t) {
     V c[R][COLUMNS];
     const typename Op::Elem* b[COLUMNS];
     UNROLL for (int j = 0; j < COLUMNS; j++) b[j] = (const typename Op::Elem*)t.strips[j].k;
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < COLUMNS; j++) c[r][j] = zero();
-    multiply<Op, R, COLUMNS>(c, q, q_row, b, STRIP * Op::PAIR, steps);
-    if (MASKED) {
+    multiply<Op, R, COLUMNS>(c, q, call.depth, b, STRIP * Op::PAIR, call.depth / Op::PAIR);
+    if (MODE != PLAIN) {
         const V none = set1(NONE);
         UNROLL for (int j = 0; j < COLUMNS; j++) {
             const Strip& s = t.strips[j];
-            const uint8_t* bits = s.bits ? s.bits + t.row * t.bits_row : (const uint8_t*)&s.columns;
-            int64_t step = s.bits ? t.bits_row : 0;
+            const uint8_t* bits = s.bits ? s.bits + t.row * call.bits_row : (const uint8_t*)&s.columns;
+            int64_t step = s.bits ? call.bits_row : 0;
+            if (MODE == MODIFIED) modify<R, COLUMNS>(call, t, j, c);
             UNROLL for (int r = 0; r < R; r++) {
                 uint16_t word;
                 __builtin_memcpy(&word, bits + r * step, 2);
@@ -82,7 +112,6 @@ static void score(const typename Op::Elem* q, int64_t q_row, int64_t steps, cons
     UNROLL for (int r = 0; r < R; r++) {
         V m = c[r][0];
         UNROLL for (int j = 0; j < COLUMNS; j++) store(t.scores + r * t.score_row + j * STRIP, c[r][j]);
-        if (!t.tracked) continue;
         UNROLL for (int j = 1; j < COLUMNS; j++) m = maximum(m, c[r][j]);
         if (!t.first) m = maximum(load(t.peak + r * STRIP), m);
         store(t.peak + r * STRIP, m);
@@ -90,15 +119,15 @@ static void score(const typename Op::Elem* q, int64_t q_row, int64_t steps, cons
 }
 
 template <class Op, int R = ROWS>
-INLINE void score_rows(int64_t rows, bool masked, const typename Op::Elem* q, int64_t q_row, int64_t steps,
-                       const ScoreTile& t) {
-    if (rows == R) {
-        if (masked)
-            score<Op, R, true>(q, q_row, steps, t);
-        else
-            score<Op, R, false>(q, q_row, steps, t);
-    } else if constexpr (R > 1) {
-        score_rows<Op, R - 1>(rows, masked, q, q_row, steps, t);
+INLINE void score_rows(int64_t rows, ScoreMode mode, const Call& call, const typename Op::Elem* q, const ScoreTile& t) {
+    if (rows < R) {
+        if constexpr (R > 1) score_rows<Op, R - 1>(rows, mode, call, q, t);
+    } else if (mode == PLAIN) {
+        score<Op, R, PLAIN>(call, q, t);
+    } else if (mode == MASKED) {
+        score<Op, R, MASKED>(call, q, t);
+    } else {
+        score<Op, R, MODIFIED>(call, q, t);
     }
 }
 
@@ -134,8 +163,6 @@ INLINE void weigh_rows(int64_t rows, int64_t n, const Work<Op>& w, const Call& c
     }
 }
 
-#include "modify.h"
-
 // Turns a row of scores into weights exp2(scale * score - top), and keeps the row's statistics.
 template <class Op>
 INLINE void soften(const Work<Op>& w, int64_t row, int64_t columns, float scale, float* top, float* total) {
@@ -160,7 +187,7 @@ INLINE void soften(const Work<Op>& w, int64_t row, int64_t columns, float scale,
 
 // One run of strips for one panel.
 template <class Op>
-static void run_panel(const Call& call, const Task& task, const Work<Op>& w, Panel* panel, Strip* strips, int64_t count) {
+static void run_panel(const Call& call, const Work<Op>& w, Panel* panel, Strip* strips, int64_t count) {
     int64_t padded = (count + COLUMNS - 1) / COLUMNS * COLUMNS;
     if (padded % 2) padded++;
     for (int64_t i = count; i < padded; i++) {
@@ -170,15 +197,14 @@ static void run_panel(const Call& call, const Task& task, const Work<Op>& w, Pan
     }
     Split groups = Split::of(panel->rows, ROWS);
     for (int64_t i = 0; i < padded; i += COLUMNS) {
-        bool masked = false;
-        for (int64_t j = 0; j < COLUMNS; j++) masked |= strips[i + j].bits || strips[i + j].columns != 0xffff;
+        ScoreMode mode = call.modified ? MODIFIED : PLAIN;
+        for (int64_t j = 0; j < COLUMNS; j++)
+            if (mode == PLAIN && (strips[i + j].bits || strips[i + j].columns != 0xffff)) mode = MASKED;
         for (int64_t g = 0; g < groups.parts; g++) {
             int64_t row = Split::first_of(groups, g), rows = Split::first_of(groups, g + 1) - row;
-            ScoreTile t = {strips + i, row, call.bits_row, w.scores + row * w.score_row + i * STRIP,
-                           w.peak + row * STRIP, w.score_row, i == 0, !call.modified};
-            score_rows<Op>(rows, masked && !call.modified, w.q + (panel->first + row) * call.depth, call.depth,
-                           call.depth / Op::PAIR, t);
-            if (call.modified) modify(call, task, panel->first + row, rows, t);
+            ScoreTile t = {strips + i, row, w.scores + row * w.score_row + i * STRIP, w.peak + row * STRIP, w.score_row,
+                           i == 0, w.ramps + panel->first + row, w.bias};
+            score_rows<Op>(rows, mode, call, w.q + (panel->first + row) * call.depth, t);
         }
     }
     float scale = call.modified ? 1.f : call.logit_scale;
@@ -216,9 +242,12 @@ static void forward_task(const Call& call, const Task& task, char* scratch) {
     const SparsereelArgs& a = *call.args;
     Work<Op> w = carve<Op>(call, task.rows, &scratch);
     List list = list_of(call, task);
+    if (call.bias) w.bias = call.bias + task.batch * call.bias_batch + task.head * call.bias_head;
     for (int64_t r = 0; r < task.rows; r++) {
-        const char* from = token_of(a.q, a.dtype, task.batch, task.head, task.block * call.block_q + task.row + r);
-        copy_token<Op>(from, a.dtype, a.head_dim, call.depth, w.q + r * call.depth);
+        int64_t token = task.block * call.block_q + task.row + r;
+        if (a.frame_of_q) w.ramps[r] = a.frame_of_q[token] < 0 ? call.ones : call.ramp - a.frame_of_q[token];
+        fetch_token(a.q, a, task.batch, task.head, token + AHEAD, a.q_len, a.head_dim);
+        copy_token<Op>(token_of(a.q, a.dtype, task.batch, task.head, token), a.dtype, a.head_dim, call.depth, w.q + r * call.depth);
         w.top[r] = NONE;
         w.total[r] = 0.f;
     }
@@ -234,7 +263,7 @@ static void forward_task(const Call& call, const Task& task, char* scratch) {
             Panel* p = w.panels + i;
             int64_t n = next_strips(call, list, &p->at, task.row + p->first, p->rows, strips, RUN);
             if (!n) continue;
-            run_panel<Op>(call, task, w, p, strips, n);
+            run_panel<Op>(call, w, p, strips, n);
             more = true;
         }
     }

@@ -1,6 +1,8 @@
 // Packs keys and values into strips that the inner loops read in order.
 #pragma once
 
+constexpr int64_t AHEAD = STRIP;  // tokens
+
 // Words of 32 bits (a float, or a bf16 pair): to[w * 16 + t] = from[t][w] for 16 tokens.
 static void transpose_strip(const float* from, int64_t words, float* to) {
     int64_t w = 0;
@@ -34,14 +36,25 @@ INLINE const char* token_of(const SparsereelView& view, int64_t dtype, int64_t b
     return (const char*)view.data + (batch * view.batch + head * view.head + token * view.token) * size;
 }
 
+// Asks for a token's memory ahead of use: tokens are often a stride apart that the processor does not foresee.
+INLINE void fetch_token(const SparsereelView& view, const SparsereelArgs& a, int64_t batch, int64_t head, int64_t token,
+                        int64_t tokens, int64_t features) {
+    if (token >= tokens) return;
+    const char* at = token_of(view, a.dtype, batch, head, token);
+    int64_t bytes = features * (a.dtype == SPARSEREEL_FLOAT32 ? 4 : 2);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+}
+
 // One strip of keys: [depth / pair, 16, pair], tokens past `count` are 0.
 template <class Op>
 static void pack_keys(const Call& call, int64_t batch, int64_t head, int64_t token, int64_t count, char* to) {
     const SparsereelArgs& a = *call.args;
     alignas(64) typename Op::Elem rows[STRIP * MAX_DIM];
-    for (int64_t t = 0; t < count; t++)
+    for (int64_t t = 0; t < count; t++) {
+        fetch_token(a.k, a, batch, head, token + t + AHEAD, a.kv_len, a.head_dim);
         copy_token<Op>(token_of(a.k, a.dtype, batch, head, token + t), a.dtype, a.head_dim, call.depth,
                        rows + t * call.depth);
+    }
     for (int64_t i = count * call.depth; i < STRIP * call.depth; i++) rows[i] = 0;
     transpose_strip((const float*)rows, call.depth / Op::PAIR, (float*)to);
 }
@@ -55,6 +68,7 @@ static void pack_values(const Call& call, int64_t batch, int64_t head, int64_t t
         typename Op::Elem* out = (typename Op::Elem*)to + t * call.width;
         typename Op::Elem* row = Op::PAIR == 1 ? out : rows;
         for (int64_t u = 0; u < Op::PAIR; u++) {
+            fetch_token(a.v, a, batch, head, token + t + u + AHEAD, a.kv_len, a.v_dim);
             if (t + u < count)
                 copy_token<Op>(token_of(a.v, a.dtype, batch, head, token + t + u), a.dtype, a.v_dim, call.width,
                                row + u * call.width);

@@ -33,10 +33,12 @@ struct Call {
     int64_t bias_batch, bias_head;
     const int32_t* frame_of_k;   // [strips * 16] or null
     const uint8_t* frame_kind;   // [strips] FrameKind
-    const float* ramp;           // ramp[d] = decay[|d|] for d in -(decay_size + 15) .. decay_size + 15
+    const float* ramp;           // ramp[d] is the factor for frame_of_k - frame_of_q = d, for every d that occurs
+    const float* ones;           // the same for queries that are exempt; indexed by frame_of_k
 };
 
-enum FrameKind : uint8_t { FRAME_UNIFORM = 0, FRAME_CONSECUTIVE = 1, FRAME_MIXED = 2 };
+// How the frames of the 16 keys of a strip lie: all exempt, one frame, one key a frame in order, anything else.
+enum FrameKind : uint8_t { FRAME_EXEMPT = 0, FRAME_UNIFORM = 1, FRAME_CONSECUTIVE = 2, FRAME_MIXED = 3 };
 
 // Rows of one query block (or a part of it, where blocks are large).
 struct Task {

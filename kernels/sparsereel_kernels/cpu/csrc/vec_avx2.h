@@ -46,6 +46,13 @@ static inline __m256 scale_positive(__m256 x, __m256 f) {
 }
 static inline V scale_positive(V x, V f) { return {scale_positive(x.a, f.a), scale_positive(x.b, f.b)}; }
 
+// base[index[i]] where index[i] >= 0, 1 elsewhere.
+static inline V lookup(const float* base, const int32_t* index) {
+    float lanes[16];
+    for (int i = 0; i < 16; i++) lanes[i] = index[i] < 0 ? 1.f : base[index[i]];
+    return load(lanes);
+}
+
 static inline V nearest(V x) {
     constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};

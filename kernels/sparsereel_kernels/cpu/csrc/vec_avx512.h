@@ -24,6 +24,12 @@ static inline V scale_positive(V a, V factor) {
     return {_mm512_mask_mul_ps(a.v, _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GT_OQ), a.v, factor.v)};
 }
 
+// base[index[i]] where index[i] >= 0, 1 elsewhere.
+static inline V lookup(const float* base, const int32_t* index) {
+    __m512i i = _mm512_loadu_si512(index);
+    return {_mm512_mask_i32gather_ps(_mm512_set1_ps(1.f), _mm512_cmpge_epi32_mask(i, _mm512_setzero_si512()), i, base, 4)};
+}
+
 static inline V nearest(V a) {
     return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }

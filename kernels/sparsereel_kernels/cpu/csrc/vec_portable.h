@@ -47,6 +47,13 @@ static inline V keep(uint32_t bits, V x, V fill) {
 }
 static inline V scale_positive(V x, V f) { EACH(choose(x.p[i] > 0.f, x.p[i] * f.p[i], x.p[i])); }
 
+// base[index[i]] where index[i] >= 0, 1 elsewhere.
+static inline V lookup(const float* base, const int32_t* index) {
+    float lanes[16];
+    for (int i = 0; i < 16; i++) lanes[i] = index[i] < 0 ? 1.f : base[index[i]];
+    return load(lanes);
+}
+
 // Adding and taking away 1.5 * 2^23 rounds |x| < 2^22 to the nearest whole number.
 static inline V nearest(V x) {
     const float magic = 12582912.f;
