@@ -1,7 +1,7 @@
 """Clips of real handwritten digits that move over a plain background: minireel's world.
 
-A `Clip` is a description (which handwriting, colour, size, path, background); `render` draws it and `Clip.prompt` says it
-in words, so that the same description trains the model and tells the judge what to expect. The handwriting is
+A `Clip` is a description (which handwriting, colour, size, path, background); `render` draws it and `Clip.prompt` says
+it in words, so that the same description trains the model and tells the judge what to expect. The handwriting is
 scikit-learn's bundled `load_digits` (1797 images of 8 x 8), the only data there is, imported on first use.
 
     clip = sample_clip(np.random.default_rng(0), frames=33, height=96, width=96)
@@ -99,8 +99,8 @@ def handwriting() -> tuple[torch.Tensor, np.ndarray]:
 def split(name: str, per_digit: int = 3) -> np.ndarray:
     """Indices of handwritings: "train" (1500), "test" (the other 297), or "typical".
 
-    "typical" holds the `per_digit` training images nearest to each digit's mean: so little variety that a model of seven
-    million parameters learns it in hours on two cores.
+    "typical" holds the `per_digit` training images nearest to each digit's mean: so little variety that a model of
+    seven million parameters learns it in hours on two cores.
     """
     images, labels = handwriting()
     order = np.random.default_rng(0).permutation(len(labels))

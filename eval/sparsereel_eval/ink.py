@@ -1,7 +1,7 @@
 """Find the ink in a clip: blobs a frame, their places, colours and shapes. Any canvas size.
 
-Ink is what differs from the background, the clip's median colour. Touching strokes form a blob. A pixel's colour is read
-from the direction in which it differs from the background, which stays right where ink is thin or blurred.
+Ink is what differs from the background, the clip's median colour. Touching strokes form a blob. A pixel's colour is
+read from the direction in which it differs from the background, which stays right where ink is thin or blurred.
 """
 
 from __future__ import annotations

@@ -38,8 +38,10 @@ def parse_prompt(prompt: str) -> Wanted:
     match = _PROMPT.fullmatch(" ".join(prompt.lower().split()))
     if not match:
         raise ValueError(
-            f"Cannot judge the prompt {prompt!r}; expected 'a COLOUR DIGIT [moving DIRECTION] [and a ...] on BACKGROUND' "
-            f"with colours {', '.join(COLOURS)}, backgrounds {', '.join(BACKGROUNDS)}, directions {', '.join(DIRECTIONS)}."
+            f"Cannot judge the prompt {prompt!r}; expected"
+            " 'a COLOUR DIGIT [moving DIRECTION] [and a ...] on BACKGROUND'"
+            f" with colours {', '.join(COLOURS)}; backgrounds {', '.join(BACKGROUNDS)};"
+            f" directions {', '.join(DIRECTIONS)}."
         )
     found = re.findall(_DIGIT, match[1])
     digits = tuple(WantedDigit(colour, int(value), direction or None) for colour, value, direction in found)

@@ -58,9 +58,8 @@ class MiniReelPipeline(WanPipeline):  # type: ignore[misc]  # diffusers is untyp
 
     def _warn_of_unknown_words(self, prompt: str | list[str] | None) -> None:
         prompts = [prompt] if isinstance(prompt, str) else prompt or []
-        known = self.tokenizer.get_vocab()
         words = {word for text in prompts if isinstance(text, str) for word in re.findall(r"\w+", text.lower())}
-        unknown = sorted(words - known.keys())
+        unknown = sorted(word for word in words if self.tokenizer.unk_token_id in self.tokenizer(word).input_ids)
         if unknown:
-            vocabulary = ", ".join(word for word in sorted(known) if word.isalnum())
+            vocabulary = ", ".join(word for word in sorted(self.tokenizer.get_vocab()) if word.isalnum())
             warnings.warn(f"minireel does not know: {', '.join(unknown)}. It knows: {vocabulary}.", stacklevel=3)

@@ -1,0 +1,154 @@
+"""The four stages, one function each: gather what the stage needs, train, leave a result the next one finds.
+
+Each returns False when interrupted. Results in the output folder: `vae/`, `data/`, and the pipeline folders
+`transformer/` and `large/`; checkpoints lie beside them as `<stage>.safetensors`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from rich.console import Console
+from transformers import UMT5EncoderModel
+
+from sparsereel.minireel.training import loop, recipe
+from sparsereel.minireel.training.architecture import build_text_encoder, build_transformer, build_vae, export
+from sparsereel.minireel.training.clip_sets import ClipSet, EncodedSet, encode_set
+from sparsereel.minireel.training.transformer_stage import TransformerTrainer
+from sparsereel.minireel.training.vae_stage import VaeTrainer, held_out_psnr, measure_latents, render_pool
+
+if TYPE_CHECKING:
+    from sparsereel.minireel.train import Options
+
+console = Console()
+
+
+def vae(options: Options) -> bool:
+    """Train the VAE; nothing to do where there is one already."""
+    folder = options.output / "vae"
+    if folder.exists() or options.start_from:
+        return True
+    torch.manual_seed(options.seed)
+    model = build_vae()
+    trainer = VaeTrainer(model, render_pool(_capped(recipe.VAE_POOL, options), options.seed), options.seed)
+    if not _train(trainer, "vae", options, recipe.VAE_MINUTES):
+        return False
+    trainer.average.swap()
+    model.eval()
+    measure_latents(model, _capped(recipe.MEASURED_CLIPS, options), options.seed)
+    console.print(f"VAE on unseen handwriting: {held_out_psnr(model, _capped(16, options)):.1f} dB")
+    _write_folder(folder, model.save_pretrained)
+    return True
+
+
+def data(options: Options) -> bool:
+    """Render and encode every set."""
+    for stage in (recipe.TRANSFORMER, recipe.LARGE):
+        _encode(stage, options)
+    return True
+
+
+def transformer(options: Options) -> bool:
+    """Train transformer and text encoder at small sizes."""
+    if options.start_from is not None:
+        folder = options.start_from
+        models = _load(WanTransformer3DModel, folder, "transformer"), _load(UMT5EncoderModel, folder, "text_encoder")
+    else:
+        torch.manual_seed(options.seed)
+        models = build_transformer(), build_text_encoder()
+    return _train_transformer(recipe.TRANSFORMER, models, options)
+
+
+def large(options: Options) -> bool:
+    """Go on from the transformer stage, or from `start_from`, with large canvases among the others."""
+    folder = options.output / recipe.TRANSFORMER.name
+    if not folder.exists():
+        if options.start_from is None:
+            raise ValueError(f"There is no {folder} to go on from; run --stage transformer or give --start-from.")
+        folder = options.start_from
+    models = _load(WanTransformer3DModel, folder, "transformer"), _load(UMT5EncoderModel, folder, "text_encoder")
+    return _train_transformer(recipe.LARGE, models, options)
+
+
+def _train_transformer(
+    stage: recipe.Stage, models: tuple[WanTransformer3DModel, UMT5EncoderModel], options: Options
+) -> bool:
+    sets = _encode(stage, options)
+    held_out = sets[stage.held_out.name]
+    decoder = _load_vae(options)
+    trainer = TransformerTrainer(stage, sets, *models, seed=options.seed, compiled=options.compiled)
+
+    def on_checkpoint() -> None:
+        losses = trainer.held_out_loss(held_out)
+        shown = "  ".join(f"{level}: {loss:.4f}" for level, loss in losses.items())
+        console.print(f"step {trainer.steps}, held-out loss at noise level {shown}")
+        trainer.use_average()
+        _write_folder(options.output / stage.name, lambda folder: export(folder, *models, decoder))
+        trainer.use_average()
+
+    return _train(trainer, stage.name, options, stage.minutes, on_checkpoint)
+
+
+def _train(
+    trainer: loop.Trainer,
+    name: str,
+    options: Options,
+    minutes: float,
+    on_checkpoint: Callable[[], None] = lambda: None,
+) -> bool:
+    budget = (options.minutes or minutes) if options.steps is None else None
+    path = options.output / f"{name}.safetensors"
+    return loop.run(trainer, name, path, minutes=budget, steps=options.steps, on_checkpoint=on_checkpoint)
+
+
+def _encode(stage: recipe.Stage, options: Options) -> dict[str, EncodedSet]:
+    """The stage's sets by name, from their caches where there are any."""
+    decoder = _load_vae(options)
+    return {spec.name: _encode_set(spec, decoder, options) for spec in stage.sets}
+
+
+def _encode_set(spec: ClipSet, decoder: AutoencoderKLWan, options: Options) -> EncodedSet:
+    capped = replace(spec, count=_capped(spec.count, options))
+    with console.status("") as status:
+
+        def on_clip(done: int) -> None:
+            status.update(f"encoding {capped.name}: {done} of {capped.count} clips")
+
+        return encode_set(capped, decoder, options.output / "data", on_clip)
+
+
+def _capped(count: int, options: Options) -> int:
+    return min(count, options.clips or count)
+
+
+def _load_vae(options: Options) -> AutoencoderKLWan:
+    folder = options.output if (options.output / "vae").exists() else options.start_from
+    if folder is None:
+        raise ValueError(f"There is no VAE in {options.output}; run --stage vae first, or give --start-from.")
+    return _load(AutoencoderKLWan, folder, "vae").eval()
+
+
+def _load(kind: Any, folder: Path, part: str) -> Any:
+    """A part of a pipeline folder, fp32."""
+    if not (folder / part).is_dir():
+        raise ValueError(f"{folder} holds no {part}/, so it is no folder to start from.")
+    return kind.from_pretrained(folder, subfolder=part).float()
+
+
+def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write beside, then swap: a reader, or an interruption, never meets half a folder."""
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write(new)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
