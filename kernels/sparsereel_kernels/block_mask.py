@@ -94,7 +94,7 @@ class BlockMask:
         """The six tensors by name."""
         return {key: getattr(self, key) for key in TENSORS}
 
-    def _cached(self, key: str, make: Callable[[], T]) -> T:
+    def cached(self, key: str, make: Callable[[], T]) -> T:
         """`make()` once. Values are functions of the mask alone, so that two threads at worst compute them twice."""
         cache: dict[str, Any] = self.__dict__["_cache"]
         if key not in cache:
@@ -203,7 +203,7 @@ class BlockMask:
         """FlexAttention's BlockMask with the same lists and a `mask_mod` that reads the packed bits."""
         from .flex_masks import to_flex
 
-        return self._cached("flex", lambda: to_flex(self))
+        return self.cached("flex", lambda: to_flex(self))
 
     # ------------------------------------------------------------ what it says
 
@@ -230,13 +230,13 @@ class BlockMask:
     @property
     def density(self) -> float:
         """Share of key blocks visited, 0 to 1. Reads the device once, then is remembered."""
-        return self._cached("density", lambda: self._visited() / max(1, self._block_count()))
+        return self.cached("density", lambda: self._visited() / max(1, self._block_count()))
 
     @property
     def token_density(self) -> float:
         """Share of (query, key) pairs allowed, 0 to 1. Reads the device once, then is remembered."""
         batch, heads, q_len, kv_len = self.shape
-        return self._cached("token_density", lambda: self._pairs() / max(1, batch * heads * q_len * kv_len))
+        return self.cached("token_density", lambda: self._pairs() / max(1, batch * heads * q_len * kv_len))
 
     def _block_count(self) -> int:
         q_blocks, k_blocks = lists.block_counts(self.seq_lengths, self.BLOCK_SIZE)
@@ -323,8 +323,8 @@ class BlockMask:
             visited = (self.kv_num_blocks + self.full_kv_num_blocks).sum((0, 2))
             return visited.argsort(descending=True, stable=True).to(torch.int32)
 
-        return self._cached("launch_order", order)
+        return self.cached("launch_order", order)
 
     def transposed(self) -> TransposedLists:
         """The lists by key block (which query blocks visit it), for backward kernels; made once."""
-        return self._cached("transposed", lambda: lists.transpose_map(self.block_map()))
+        return self.cached("transposed", lambda: lists.transpose_map(self.block_map()))
