@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import yaml
 
 Keys = tuple[str | int, ...]
+LONGEST_LINE = 110
 PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float")}
 # Dates and the like are kept as the text that they are.
 TEXT_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "timestamp", "merge", "value")}
@@ -134,9 +135,27 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number that a plan may hold")
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes short mappings on one line."""
+
+    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
+        node = super().represent_mapping(tag, mapping, flow_style)
+        node.flow_style = _depth(mapping) <= 2 and len(repr(mapping)) <= LONGEST_LINE - 20
+        return node
+
+
+def _depth(value: Any) -> int:
+    """Mappings inside each other."""
+    if isinstance(value, dict):
+        return 1 + max(map(_depth, value.values()), default=0)
+    return max(map(_depth, value), default=0) if isinstance(value, list) else 0
+
+
 def to_yaml(data: dict[str, Any]) -> str:
-    """Plain data as YAML text: keys in order, short lists on one line."""
-    text: str = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
+    """Plain data as YAML text: keys in order, short lists and mappings on one line."""
+    text: str = yaml.dump(
+        data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=LONGEST_LINE, allow_unicode=True
+    )
     return text
 
 

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsereel.patterns.layout import Coordinate, Kinds, Side, Tokens, distinct_values, scramble
+from sparsereel.patterns.layout import Coordinate, Kinds, Side, Tokens, distinct_values, scramble, unique_rows
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 WORD = 64
 # Words of one prefix table (Band) beyond which pairs are compared one by one instead: 2^23 words are 64 MiB.
 LARGEST_TABLE = 2**23
+# Pairs of kinds whose bits are compared beforehand, so that those that come out alike share a tile (8 MiB of bits).
+PAIRS_TO_COMPARE = 2**13
 # 0 in the video, -1 outside.
 WHETHER_VIDEO = Coordinate("index", modulus=1)
 
@@ -126,14 +128,28 @@ class Axis(Rule):
 
     def key(self, layout: Layout, i: Tensor, j: Tensor, status: Tensor) -> Tensor:
         q, k = layout.queries.kinds(self.coordinate), layout.keys.kinds(self.coordinate)
-        pair = q.of_block[i] * k.rows.shape[0] + k.of_block[j]
+        names: Tensor = layout.once(self, "names", lambda: self._names_of_kinds(layout))
+        pair = names[q.of_block[i] * k.rows.shape[0] + k.of_block[j]]
         return torch.where(status == PARTIAL, _mix(pair, 3), status.to(torch.int64))
+
+    def _names_of_kinds(self, layout: Layout) -> Tensor:
+        """[pairs of kinds] numbers, equal where bits are equal; all different where there are too many pairs to look."""
+        q, k = layout.queries.kinds(self.coordinate), layout.keys.kinds(self.coordinate)
+        pairs = torch.arange(q.rows.shape[0] * k.rows.shape[0])
+        if pairs.numel() > PAIRS_TO_COMPARE:
+            return pairs
+        words = self._bits_of_kinds(layout, pairs // k.rows.shape[0], pairs % k.rows.shape[0])
+        return unique_rows(words.flatten(1))[0]
 
     def bits(self, layout: Layout, i: Tensor, j: Tensor) -> Tensor:
         q, k = layout.queries.kinds(self.coordinate), layout.keys.kinds(self.coordinate)
+        return self._bits_of_kinds(layout, q.of_block[i], k.of_block[j])
+
+    def _bits_of_kinds(self, layout: Layout, i: Tensor, j: Tensor) -> Tensor:
+        q, k = layout.queries.kinds(self.coordinate), layout.keys.kinds(self.coordinate)
         table: Tensor = layout.once(self, "words", lambda: self._words_of_values(k, layout.words))
-        values = torch.where(q.rows < 0, self.table.shape[0], q.rows)[q.of_block[i]]
-        return table[values * k.rows.shape[0] + k.of_block[j][:, None]]
+        values = torch.where(q.rows < 0, self.table.shape[0], q.rows)[i]
+        return table[values * k.rows.shape[0] + j[:, None]]
 
     def _words_of_values(self, k: Kinds, words: int) -> Tensor:
         """[(values + 1) * kinds of key blocks, words]: what a query with that coordinate sees of that block."""
