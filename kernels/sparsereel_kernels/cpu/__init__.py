@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..layout import empty_like_query, unit_stride
+from ..modifiers import KeyBias, Modifier, reduce_to_bias
 from . import binding
 from .builder import BuildError, BuildStatus, build, build_status
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from ..block_mask import BlockMask
     from ..problem import Problem
 
-__all__ = ["BuildError", "BuildStatus", "build", "build_status", "forward", "isas", "unsupported_reasons"]
+__all__ = ["BuildError", "BuildStatus", "backward", "build", "build_status", "forward", "isas", "unsupported_reasons"]
 
 HEAD_DIMS = range(8, 257)
 isas = binding.isas
@@ -59,14 +61,6 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     return []
 
 
-def _like_query(q: Tensor, features: int) -> Tensor:
-    """An empty [B, H, Sq, features] in q's memory order: diffusers hands over [B, Sq, H, D] transposed."""
-    batch, heads, tokens, _ = q.shape
-    if q.transpose(1, 2).is_contiguous() and not q.is_contiguous():
-        return q.new_empty(batch, tokens, heads, features).transpose(1, 2)
-    return q.new_empty(batch, heads, tokens, features)
-
-
 def forward(
     q: Tensor,
     k: Tensor,
@@ -74,7 +68,7 @@ def forward(
     mask: BlockMask | None,
     scale: float,
     key_lengths: Tensor | None = None,
-    modifier: object | None = None,
+    modifier: Modifier | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention on the CPU.
 
@@ -88,23 +82,67 @@ def forward(
         modifier: a FrameDecay or KeyBias, or None.
 
     Returns:
-        out [B, H, Sq, Dv] in q's dtype and lse [B, H, Sq] fp32 (natural log). A row without keys gives 0 and -inf.
+        out [B, H, Sq, Dv] in q's dtype and memory order, and lse [B, H, Sq] fp32 (natural log). A row without keys
+        gives 0 and -inf.
 
     Raises:
-        BuildError: the kernels cannot be built here. ValueError: the mask's lists point outside the sequence.
+        BuildError: the kernels cannot be built here.
+        ValueError: the mask is for other sizes, or its lists point outside the sequence.
     """
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out = _like_query(q, v.shape[3])
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    out = empty_like_query(q, v.shape[3])
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
-    keep: list[Tensor] = []
-    args = binding.base_args(q, k, v, scale)
+    args, keep = binding.fill(q, k, v, mask, scale, key_lengths, modifier)
     args.out, args.lse = binding.view(out), lse.data_ptr()
-    if mask is not None:
-        binding.add_mask(args, mask, keep)
-    if key_lengths is not None:
-        keep.append(key_lengths.to(torch.int32).contiguous())
-        args.key_lengths = keep[-1].data_ptr()
-    if modifier is not None:
-        binding.add_modifier(args, modifier, keep)
     binding.run("sparsereel_forward", args)
+    del keep  # the call read its memory until now
     return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: BlockMask | None,
+    scale: float,
+    key_lengths: Tensor | None = None,
+    modifier: Modifier | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of `forward`, from its results.
+
+    Two passes, one that owns query blocks and one that owns key blocks: nothing is added up between threads, so the
+    gradients are the same bits whatever the number of threads.
+
+    Args:
+        grad_out: [B, H, Sq, Dv]. grad_lse: [B, H, Sq] or None. out, lse: what forward returned. Others as forward.
+
+    Returns:
+        dq, dk, dv in the shapes, dtypes and memory orders of q, k and v, and the gradient of KeyBias.bias (None
+        without one).
+
+    Raises:
+        As `forward`.
+    """
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    out, grad_out = unit_stride(out), unit_stride(grad_out.to(q.dtype))
+    dq, dk, dv = (empty_like_query(x, x.shape[3]) for x in (q, k, v))
+    args, keep = binding.fill(q, k, v, mask, scale, key_lengths, modifier)
+    lse = lse.contiguous()
+    args.out, args.lse, args.grad_out = binding.view(out), lse.data_ptr(), binding.view(grad_out)
+    args.grad_q, args.grad_k, args.grad_v = binding.view(dq), binding.view(dk), binding.view(dv)
+    if grad_lse is not None:
+        keep.append(grad_lse.to(torch.float32).contiguous())
+        args.grad_lse = keep[-1].data_ptr()
+    by_head = None
+    if isinstance(modifier, KeyBias):
+        by_head = torch.zeros(q.shape[0], q.shape[1], k.shape[2])
+        args.grad_bias = by_head.data_ptr()
+    binding.run("sparsereel_backward", args)
+    del keep  # the call read its memory until now
+    if by_head is None or not isinstance(modifier, KeyBias):
+        return dq, dk, dv, None
+    return dq, dk, dv, reduce_to_bias(by_head, modifier.bias)

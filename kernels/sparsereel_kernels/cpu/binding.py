@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checks import check_mask
+from ..modifiers import FrameDecay, Modifier, bias_as_4d
 from .builder import BuildError, library
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ def kernels() -> ctypes.CDLL:
     loaded = library()
     loaded.sparsereel_args_size.restype = ctypes.c_int64
     loaded.sparsereel_isas.restype = ctypes.c_char_p
-    for entry in (loaded.sparsereel_forward,):
+    for entry in (loaded.sparsereel_forward, loaded.sparsereel_backward):
         entry.argtypes = [ctypes.POINTER(Args), ctypes.c_char_p, ctypes.c_void_p]
         entry.restype = ctypes.c_int32
     if loaded.sparsereel_args_size() != ctypes.sizeof(Args):
@@ -106,53 +108,58 @@ def run(entry: str, args: Args) -> None:
         raise ValueError(STATUS[status])
 
 
-def base_args(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Args:
-    """Sizes, types and the three inputs."""
-    args = Args()
+def fill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | None,
+    scale: float,
+    key_lengths: Tensor | None,
+    modifier: Modifier | None,
+) -> tuple[Args, list[Tensor]]:
+    """What forward and backward share, and the tensors to hold on to until the call has returned.
+
+    Raises:
+        ValueError: the mask is for other lengths, batch or heads.
+    """
+    args, keep = Args(), [q, k, v]
     args.batch, args.heads, args.q_len, args.head_dim = q.shape
     args.kv_heads, args.kv_len, args.v_dim = k.shape[1], k.shape[2], v.shape[3]
     args.dtype, args.threads, args.scale = DTYPES[q.dtype], torch.get_num_threads(), scale
     args.q, args.k, args.v = view(q), view(k), view(v)
-    return args
+    if mask is not None:
+        check_mask(mask, q, k)
+        _add_mask(args, mask, keep)
+    if key_lengths is not None:
+        args.key_lengths = _held(keep, key_lengths.to(torch.int32))
+    if isinstance(modifier, FrameDecay):
+        args.frame_of_q = _held(keep, modifier.frame_of_q)
+        args.frame_of_k = _held(keep, modifier.frame_of_k)
+        args.decay = _held(keep, modifier.table)
+        args.decay_size = modifier.table.numel()
+    elif modifier is not None:
+        bias = bias_as_4d(modifier.bias.detach())[:, :, 0]
+        args.bias = _held(keep, bias)
+        args.bias_head = bias.shape[2] if bias.shape[1] > 1 else 0
+        args.bias_batch = bias.shape[1] * bias.shape[2] if bias.shape[0] > 1 else 0
+    return args, keep
 
 
-def add_mask(args: Args, mask: BlockMask, keep: list[Tensor]) -> None:
-    """Fills in the block lists; `keep` holds on to tensors until the call has returned."""
+def _held(keep: list[Tensor], x: Tensor) -> int:
+    """The address of `x`, made contiguous and kept alive."""
+    keep.append(x.contiguous())
+    return keep[-1].data_ptr()
+
+
+def _add_mask(args: Args, mask: BlockMask, keep: list[Tensor]) -> None:
     args.has_mask = 1
     args.block_q, args.block_k = mask.BLOCK_SIZE
     args.mask_batch, args.mask_heads = mask.kv_num_blocks.shape[:2]
     args.max_partial, args.max_full = mask.kv_indices.shape[-1], mask.full_kv_indices.shape[-1]
     args.tiles = mask.partial_bits.shape[0]
-    lists = {
-        "full_count": mask.full_kv_num_blocks,
-        "full_index": mask.full_kv_indices,
-        "partial_count": mask.kv_num_blocks,
-        "partial_index": mask.kv_indices,
-        "partial_tile": mask.partial_tile,
-        "partial_bits": mask.partial_bits,
-    }
-    for name, tensor in lists.items():
-        keep.append(tensor.contiguous())
-        setattr(args, name, keep[-1].data_ptr())
-
-
-def add_modifier(args: Args, modifier: object, keep: list[Tensor]) -> None:
-    """Fills in FrameDecay or KeyBias."""
-    if hasattr(modifier, "table"):
-        for name, tensor, dtype in (
-            ("frame_of_q", modifier.frame_of_q, torch.int32),  # type: ignore[attr-defined]
-            ("frame_of_k", modifier.frame_of_k, torch.int32),  # type: ignore[attr-defined]
-            ("decay", modifier.table, torch.float32),
-        ):
-            keep.append(tensor.detach().to(dtype).contiguous())
-            setattr(args, name, keep[-1].data_ptr())
-        args.decay_size = keep[-1].numel()
-        return
-    bias = modifier.bias.detach().to(torch.float32)  # type: ignore[attr-defined]
-    keep.append(bias if bias.stride(-1) == 1 else bias.contiguous())
-    bias = keep[-1]
-    args.bias = bias.data_ptr()
-    if bias.dim() >= 2:
-        args.bias_batch = bias.stride(0) if bias.shape[0] > 1 else 0
-    if bias.dim() == 3:
-        args.bias_head = bias.stride(1) if bias.shape[1] > 1 else 0
+    args.full_count = _held(keep, mask.full_kv_num_blocks)
+    args.full_index = _held(keep, mask.full_kv_indices)
+    args.partial_count = _held(keep, mask.kv_num_blocks)
+    args.partial_index = _held(keep, mask.kv_indices)
+    args.partial_tile = _held(keep, mask.partial_tile)
+    args.partial_bits = _held(keep, mask.partial_bits)

@@ -69,4 +69,5 @@ SPARSEREEL_API const char* sparsereel_isas();
 
 // isa: one of sparsereel_isas(). parallel: address of GOMP_parallel in the process, or null to start plain threads.
 SPARSEREEL_API int32_t sparsereel_forward(const SparsereelArgs* args, const char* isa, void* parallel);
+SPARSEREEL_API int32_t sparsereel_backward(const SparsereelArgs* args, const char* isa, void* parallel);
 }

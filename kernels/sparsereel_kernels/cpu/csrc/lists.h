@@ -1,40 +1,39 @@
-// Which strips of keys a panel of rows visits.
+// Which strips of columns a panel of rows visits.
 #pragma once
 
 struct Strip {
-    const char *k, *v;
-    const uint8_t* bits;  // this strip's two bytes in the row of the panel's first query, or null where all are set
+    const uint8_t* bits;  // this strip's two bytes in the row of the panel's first row, or null where all are set
     uint32_t columns;     // columns that exist: inside the sequence, the key length and the block
     int64_t index;        // number of the strip in its head
 };
 
-// The block list of one task, and what is needed to turn blocks into strips.
-struct List {
+// What the rows of one block see of one head of the column side.
+struct View {
     const int32_t *full, *partial, *tile;
     int64_t fulls, partials, limit;
-    const char *k, *v;
+    const char* packed[4];  // strip 0 of the head, for each operand
 };
 
-static List list_of(const Call& call, const Task& task) {
+static View view_of(const Call& call, int64_t batch, int64_t query_head, int64_t column_head, int64_t block) {
     const SparsereelArgs& a = *call.args;
-    List list = {};
-    list.limit = key_limit(a, task.batch);
-    int64_t group = a.heads / a.kv_heads, strips = call.key_blocks * call.strips_per_block;
-    int64_t packed = task.batch * a.kv_heads + task.head / group - call.kv_first;
-    list.k = call.k_packed + packed * strips * call.k_strip;
-    list.v = call.v_packed + packed * strips * call.v_strip;
-    if (!a.has_mask) {
-        list.fulls = call.key_blocks;
-        return list;
-    }
-    int64_t batch = a.mask_batch == 1 ? 0 : task.batch, head = a.mask_heads == 1 ? 0 : task.head;
-    int64_t row = (batch * a.mask_heads + head) * call.query_blocks + task.block;
-    list.full = a.full_index + row * a.max_full;
-    list.fulls = a.full_count[row];
-    list.partial = a.partial_index + row * a.max_partial;
-    list.tile = a.partial_tile + row * a.max_partial;
-    list.partials = a.partial_count[row];
-    return list;
+    View view = {};
+    view.limit = column_limit(call, batch);
+    int64_t place = (batch * call.column_heads + column_head - call.wave_first) * call.column_blocks;
+    for (int64_t o = 0; o < call.operands; o++)
+        view.packed[o] = call.packed[o].data + place * call.strips_per_block * call.packed[o].bytes;
+    view.fulls = call.column_blocks;
+    if (!call.has_mask) return view;
+    const Lists& lists = call.lists;
+    int64_t mask_batch = a.mask_batch == 1 ? 0 : batch, mask_head = a.mask_heads == 1 ? 0 : query_head;
+    int64_t row = (mask_batch * a.mask_heads + mask_head) * call.row_blocks + block;
+    int64_t full = lists.full_start ? lists.full_start[row] : row * lists.max_full;
+    int64_t partial = lists.partial_start ? lists.partial_start[row] : row * lists.max_partial;
+    view.full = lists.full_index + full;
+    view.fulls = lists.full_count[row];
+    view.partial = lists.partial_index + partial;
+    view.tile = lists.partial_tile + partial;
+    view.partials = lists.partial_count[row];
+    return view;
 }
 
 // Where a panel stands in its list: the next block (full ones first) and the next strip in that block.
@@ -42,7 +41,7 @@ struct Cursor {
     int64_t block, strip;
 };
 
-// Sets or clears a bit for each column of four strips: allowed by any of the rows, by all of them.
+// For each column of four strips a bit: allowed for any of the rows, for all of them.
 INLINE void summarize(const uint8_t* bits, int64_t row_bytes, int64_t rows, uint64_t* any, uint64_t* all) {
     uint64_t some = 0, every = ~0ull;
     for (int64_t r = 0; r < rows; r++) {
@@ -55,22 +54,22 @@ INLINE void summarize(const uint8_t* bits, int64_t row_bytes, int64_t rows, uint
     *all = every;
 }
 
-// Collects up to `most` strips for the rows [row, row + rows) of the query block. A strip of a partial block that none
-// of these rows may see is left out: windows that do not align with blocks save most of their waste here.
-static int64_t next_strips(const Call& call, const List& list, Cursor* at, int64_t row, int64_t rows, Strip* out,
+// Collects up to `most` strips for the rows [row, row + rows) of the block. A strip of a partial block that none of
+// these rows may see is left out: windows that do not align with blocks save most of their waste here.
+static int64_t next_strips(const Call& call, const View& view, Cursor* at, int64_t row, int64_t rows, Strip* out,
                            int64_t most) {
     int64_t n = 0;
-    while (n < most && at->block < list.fulls + list.partials) {
-        bool partial = at->block >= list.fulls;
-        int64_t entry = partial ? at->block - list.fulls : at->block;
-        int64_t block = partial ? list.partial[entry] : list.full ? list.full[entry] : entry;
+    while (n < most && at->block < view.fulls + view.partials) {
+        bool partial = at->block >= view.fulls;
+        int64_t entry = partial ? at->block - view.fulls : at->block;
+        int64_t block = partial ? view.partial[entry] : call.has_mask ? view.full[entry] : entry;
         const uint8_t* bits = nullptr;
-        if (partial) bits = call.bits + ((int64_t)list.tile[entry] * call.block_q + row) * call.bits_row;
+        if (partial) bits = call.bits + ((int64_t)view.tile[entry] * call.row_block + row) * call.bits_row;
         uint64_t any = ~0ull, all = ~0ull;
         int64_t summary = -1;
         for (; at->strip < call.strips_per_block && n < most; at->strip++) {
-            int64_t i = at->strip, token = block * call.block_k + i * STRIP, end = (block + 1) * call.block_k;
-            int64_t count = (end < list.limit ? end : list.limit) - token;
+            int64_t i = at->strip, token = block * call.column_block + i * STRIP, end = (block + 1) * call.column_block;
+            int64_t count = (end < view.limit ? end : view.limit) - token;
             if (count <= 0) continue;
             uint32_t columns = count >= STRIP ? 0xffff : (1u << count) - 1;
             if (partial && summary != i / 4) {
@@ -79,11 +78,17 @@ static int64_t next_strips(const Call& call, const List& list, Cursor* at, int64
             }
             uint32_t some = (uint32_t)(any >> (i % 4 * 16)) & columns, every = (uint32_t)(all >> (i % 4 * 16)) & columns;
             if (!some) continue;
-            int64_t index = block * call.strips_per_block + i;
-            out[n++] = {list.k + index * call.k_strip, list.v + index * call.v_strip,
-                        every == columns ? nullptr : bits + 2 * i, columns, index};
+            out[n++] = {every == columns ? nullptr : bits + 2 * i, columns, block * call.strips_per_block + i};
         }
         if (at->strip == call.strips_per_block) *at = {at->block + 1, 0};
     }
     return n;
+}
+
+// Fills the last register tile with strips that count for nothing; even, because exponentials come two by two.
+static int64_t pad_strips(Strip* strips, int64_t count) {
+    int64_t padded = (count + COLUMNS - 1) / COLUMNS * COLUMNS;
+    padded += padded % 2;
+    for (int64_t i = count; i < padded; i++) strips[i] = {nullptr, 0, strips[count - 1].index};
+    return padded;
 }

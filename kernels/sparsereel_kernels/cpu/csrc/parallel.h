@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <thread>
+#include <system_error>
 #include <vector>
 
 #if defined(__SSE2__)
@@ -30,16 +31,19 @@ class FlushTiny {
     FlushTiny& operator=(const FlushTiny&) = delete;
 };
 
+// Gives the next job number to work on, or -1.
+using Jobs = std::function<int64_t()>;
+
 // torch's own OpenMP pool serves, entered through GOMP_parallel (libgomp and libomp both have it): a second pool beside
 // it would fight for the cores. The pool does not survive a fork, so a child process starts plain threads.
 class Pool {
   public:
     Pool(int64_t threads, void* gomp) : threads_(threads < 1 ? 1 : threads), gomp_((Gomp)gomp) {}
 
-    // work(next): call next() for job numbers until it is negative. Must not throw.
-    void run(int64_t jobs, const std::function<void(const std::function<int64_t()>&)>& work) const {
+    // work(next) takes job numbers until there are no more. It must not throw.
+    void run(int64_t jobs, const std::function<void(const Jobs&)>& work) const {
         std::atomic<int64_t> taken{0};
-        std::function<int64_t()> next = [&]() -> int64_t {
+        Jobs next = [&]() -> int64_t {
             int64_t job = taken.fetch_add(1, std::memory_order_relaxed);
             return job < jobs ? job : -1;
         };

@@ -37,37 +37,53 @@ constexpr int ROWS = 2, COLUMNS = 1;
 #include "tile.h"
 #include "pack.h"
 #include "lists.h"
+#include "score.h"
+#include "weigh.h"
 #include "forward.h"
+#include "backward.h"
 
-static void pack(const Call& call, int64_t batch, int64_t head, int64_t block, char* k, char* v) {
-#ifdef SPARSEREEL_HAS_PAIRS
-    if (call.pairs) return pack_block<Pairs>(call, batch, head, block, k, v);
-#endif
-    pack_block<F32>(call, batch, head, block, k, v);
+template <class Op>
+static size_t scratch_for(const Call& call, int64_t rows) {
+    char* end = nullptr;
+    if (call.pass == FORWARD)
+        Forward<Op>(call, rows, &end);
+    else
+        Backward<Op>(call, rows, &end);
+    return (size_t)end;
 }
 
-static size_t forward_scratch(const Call& call, int64_t rows) {
-#ifdef SPARSEREEL_HAS_PAIRS
-    if (call.pairs) return forward_bytes<Pairs>(call, rows);
-#endif
-    return forward_bytes<F32>(call, rows);
-}
-
-static void forward(const Call& call, const Task& task, char* scratch) {
-#ifdef SPARSEREEL_HAS_PAIRS
-    if (call.pairs) return forward_task<Pairs>(call, task, scratch);
-#endif
-    forward_task<F32>(call, task, scratch);
+template <class Op>
+static void run_task(const Call& call, const Task& task, char* scratch) {
+    if (call.pass == FORWARD)
+        forward_task<Op>(call, task, scratch);
+    else if (call.pass == QUERY_GRADIENT)
+        query_gradient<Op>(call, task, scratch);
+    else
+        key_gradient<Op>(call, task, scratch);
 }
 
 #ifdef SPARSEREEL_HAS_PAIRS
 constexpr bool PAIRS = true;
+typedef Pairs IfPairs;
 #else
 constexpr bool PAIRS = false;
+typedef F32 IfPairs;  // never asked for
 #endif
 
+static void pack(const Call& call, int64_t batch, int64_t head, int64_t block, int64_t place) {
+    call.pairs ? pack_block<IfPairs>(call, batch, head, block, place) : pack_block<F32>(call, batch, head, block, place);
+}
+
+static size_t scratch_bytes(const Call& call, int64_t rows) {
+    return call.pairs ? scratch_for<IfPairs>(call, rows) : scratch_for<F32>(call, rows);
+}
+
+static void run(const Call& call, const Task& task, char* scratch) {
+    call.pairs ? run_task<IfPairs>(call, task, scratch) : run_task<F32>(call, task, scratch);
+}
+
 extern const Unit unit;
-const Unit unit = {SPARSEREEL_NAME(SPARSEREEL_UNIT), PAIRS, pack, forward_scratch, forward};
+const Unit unit = {SPARSEREEL_NAME(SPARSEREEL_UNIT), PAIRS, pack, measure, scratch_bytes, run};
 
 }  // namespace SPARSEREEL_UNIT
 }  // namespace sparsereel

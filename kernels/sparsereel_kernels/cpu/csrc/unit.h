@@ -2,6 +2,9 @@
 //
 // This header is compiled with different instruction sets into one library, so it holds plain structs only: an inline
 // function here could be merged by the linker into the copy that was compiled for the better processor.
+//
+// Words. A pass works on blocks of *rows* that visit blocks of *columns*. Forward and the gradient of queries have
+// queries as rows and keys as columns; the gradients of keys and values turn the picture around.
 #pragma once
 
 #include <stddef.h>
@@ -10,49 +13,81 @@
 
 namespace sparsereel {
 
-// Keys are handled in strips of 16: one AVX-512 vector of scores.
+// Columns are handled in strips of 16: one AVX-512 vector of scores.
 constexpr int64_t STRIP = 16;
 constexpr int64_t MAX_DIM = 256;  // of head_dim and v_dim
 
-// Everything that is the same for all tiles of one call.
-struct Call {
-    const SparsereelArgs* args;
-    bool pairs;           // operands are bf16 pairs (dot-product instructions); else fp32
-    bool modified;        // scores need more than the plain scale: a modifier, or a scale that is not positive
-    float logit_scale;    // scale * log2(e): scores are kept in powers of two
-    int64_t block_q, block_k, query_blocks, key_blocks, strips_per_block;
-    int64_t depth;        // head_dim, rounded up to pairs
-    int64_t width;        // v_dim, rounded up to strips
-    int64_t k_strip, v_strip;  // bytes of one packed strip
-    int64_t kv_first;     // number (batch * kv_heads + kv_head) of the first packed head
-    char* k_packed;       // [packed heads, key_blocks * strips_per_block] strips of [depth / pair, 16, pair]
-    char* v_packed;       // the same of [16 / pair, width, pair]
-    const uint8_t* bits;  // [tiles, block_q, bits_row]; bits_row is a multiple of 8
-    int64_t bits_row;
-    const float* bias;    // in powers of two, [.., .., strips * 16], or null
-    int64_t bias_batch, bias_head;
-    const int32_t* frame_of_k;   // [strips * 16] or null
-    const uint8_t* frame_kind;   // [strips] FrameKind
-    const float* ramp;           // ramp[d] is the factor for frame_of_k - frame_of_q = d, for every d that occurs
-    const float* ones;           // the same for queries that are exempt; indexed by frame_of_k
+enum Pass { FORWARD, QUERY_GRADIENT, KEY_GRADIENT };
+
+// For each row block the column blocks it visits. Entries of row i begin at start[i], or at i * max without `start`.
+struct Lists {
+    const int32_t *full_count, *full_index;
+    const int32_t *partial_count, *partial_index, *partial_tile;
+    const int64_t *full_start, *partial_start;
+    int64_t max_full, max_partial;
 };
 
-// How the frames of the 16 keys of a strip lie: all exempt, one frame, one key a frame in order, anything else.
+// A tensor of the column side, packed for the heads of a wave, in strips of 16 tokens.
+struct Packed {
+    SparsereelView view;
+    int64_t features;
+    bool transposed;  // strips are [padded / pair, 16, pair]; else [16 / pair, padded, pair]
+    int64_t padded;   // features, rounded up to pairs (transposed) or strips
+    int64_t bytes;    // of one strip
+    char* data;
+};
+
+// How the frames of the 16 columns of a strip lie: all exempt, one frame, one column a frame in order, anything else.
 enum FrameKind : uint8_t { FRAME_EXEMPT = 0, FRAME_UNIFORM = 1, FRAME_CONSECUTIVE = 2, FRAME_MIXED = 3 };
 
-// Rows of one query block (or a part of it, where blocks are large).
+// Everything that is the same for all tasks of one pass.
+struct Call {
+    const SparsereelArgs* args;
+    Pass pass;
+    bool pairs;         // operands are bf16 pairs (dot-product instructions); else fp32
+    bool modified;      // scores need more than the plain scale: a modifier, or a scale that is not positive
+    float logit_scale;  // scale * log2(e): scores are kept in powers of two
+    int64_t row_len, row_block, row_blocks;
+    int64_t column_len, column_block, column_blocks, column_heads, strips_per_block;
+
+    bool has_mask;
+    Lists lists;          // by (batch, query head, row block)
+    const uint8_t* bits;  // [tiles, row_block, bits_row]; bits_row is a multiple of 8
+    int64_t bits_row;
+
+    int64_t operands, wave_first;  // first (batch * column_heads + head) that is packed
+    Packed packed[4];
+
+    const float* bias;  // KeyBias in powers of two by position of the key, or null
+    int64_t bias_batch, bias_head;
+    const int32_t* frame_of_row;     // [row_len], FrameDecay only
+    const int32_t* frame_of_column;  // by position
+    const uint8_t* frame_kind;       // by strip
+    const float* ramp;               // ramp[d] is the factor for column frame - row frame = d, for every d that occurs
+    const float* ones;               // the same for exempt rows; indexed by the column's frame
+
+    // Backward: statistics of queries by position, [batch * heads, query_positions].
+    int64_t query_positions;
+    float* lse;    // in powers of two, +inf for queries without keys
+    float* delta;  // sum(grad_out * out) - grad_lse
+};
+
+// The position of token t is (t / block) * strips_per_block * 16 + t % block: strips never cross a block.
 struct Task {
-    int32_t batch, head;
-    int64_t block;     // query block
-    int64_t row, rows; // first row inside the block, number of rows
+    int32_t batch, head;  // head of the row side
+    int64_t block;
+    int64_t row, rows;  // first row inside the block, number of rows
 };
 
 struct Unit {
     const char* name;
     bool pairs;  // can multiply bf16 pairs
-    void (*pack)(const Call& call, int64_t batch, int64_t kv_head, int64_t block, char* k, char* v);
-    size_t (*forward_scratch)(const Call& call, int64_t rows);
-    void (*forward)(const Call& call, const Task& task, char* scratch);
+    // Packs one block of columns of one (batch, column head): `place` is its number in the packed buffers.
+    void (*pack)(const Call& call, int64_t batch, int64_t head, int64_t block, int64_t place);
+    // Statistics of the queries [first, last) of one (batch, head).
+    void (*measure)(const Call& call, int64_t batch, int64_t head, int64_t first, int64_t last);
+    size_t (*scratch_bytes)(const Call& call, int64_t rows);
+    void (*run)(const Call& call, const Task& task, char* scratch);
 };
 
 }  // namespace sparsereel

@@ -41,10 +41,11 @@ static inline __m256 lanes(uint32_t bits) {
 static inline V keep(uint32_t bits, V x, V fill) {
     return {_mm256_blendv_ps(fill.a, x.a, lanes(bits)), _mm256_blendv_ps(fill.b, x.b, lanes(bits >> 8))};
 }
-static inline __m256 scale_positive(__m256 x, __m256 f) {
-    return _mm256_blendv_ps(x, _mm256_mul_ps(x, f), _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ));
+static inline V where_positive(V x, V yes, V no) {
+    const __m256 zeros = _mm256_setzero_ps();
+    return {_mm256_blendv_ps(no.a, yes.a, _mm256_cmp_ps(x.a, zeros, _CMP_GT_OQ)),
+            _mm256_blendv_ps(no.b, yes.b, _mm256_cmp_ps(x.b, zeros, _CMP_GT_OQ))};
 }
-static inline V scale_positive(V x, V f) { return {scale_positive(x.a, f.a), scale_positive(x.b, f.b)}; }
 
 // base[index[i]] where index[i] >= 0, 1 elsewhere.
 static inline V lookup(const float* base, const int32_t* index) {

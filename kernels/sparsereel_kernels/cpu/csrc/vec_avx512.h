@@ -20,8 +20,8 @@ static inline float hsum(V a) { return _mm512_reduce_add_ps(a.v); }
 
 // Lanes whose bit is set keep a, the others become fill.
 static inline V keep(uint32_t bits, V a, V fill) { return {_mm512_mask_mov_ps(fill.v, (__mmask16)bits, a.v)}; }
-static inline V scale_positive(V a, V factor) {
-    return {_mm512_mask_mul_ps(a.v, _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GT_OQ), a.v, factor.v)};
+static inline V where_positive(V a, V yes, V no) {
+    return {_mm512_mask_mov_ps(no.v, _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GT_OQ), yes.v)};
 }
 
 // base[index[i]] where index[i] >= 0, 1 elsewhere.

@@ -45,7 +45,7 @@ static inline V keep(uint32_t bits, V x, V fill) {
     const i4 bit = {1, 2, 4, 8};
     EACH(choose((((int32_t)(bits >> (4 * i)) & bit) == bit), x.p[i], fill.p[i]));
 }
-static inline V scale_positive(V x, V f) { EACH(choose(x.p[i] > 0.f, x.p[i] * f.p[i], x.p[i])); }
+static inline V where_positive(V x, V yes, V no) { EACH(choose(x.p[i] > 0.f, yes.p[i], no.p[i])); }
 
 // base[index[i]] where index[i] >= 0, 1 elsewhere.
 static inline V lookup(const float* base, const int32_t* index) {
