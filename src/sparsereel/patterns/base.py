@@ -19,6 +19,7 @@ from sparsereel.patterns.assemble import decide, to_block_mask
 from sparsereel.patterns.layout import Side, Tokens
 from sparsereel.patterns.rules import Layout, Predicate, Rule
 from sparsereel_kernels import BlockMask
+from sparsereel_kernels.block_lists import check_block
 
 if TYPE_CHECKING:
     from sparsereel.patterns.compose import AllOf, AnyOf
@@ -87,8 +88,11 @@ class Pattern:
             exact: True decodes to `token_mask`; False makes every touched block full (a superset, without bits).
 
         Raises:
-            ValueError: an order of another length, a range outside the sequence.
+            ValueError: an order of another length, a range outside the sequence, a block that kernels do not take.
         """
+        if heads < 1:
+            raise ValueError(f"heads must be at least 1, got {heads}")
+        block = check_block(block)
         patterns = [self.for_head(layer, head) for head in range(heads)]
         tokens = Tokens.of(grid)
         if order is not None:

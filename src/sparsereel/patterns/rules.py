@@ -133,7 +133,7 @@ class Axis(Rule):
         return torch.where(status == PARTIAL, _mix(pair, 3), status.to(torch.int64))
 
     def _names_of_kinds(self, layout: Layout) -> Tensor:
-        """[pairs of kinds] numbers, equal where bits are equal; all different where there are too many pairs to look."""
+        """[pairs of kinds] numbers, equal where bits are equal; all different where there are too many to look at."""
         q, k = layout.queries.kinds(self.coordinate), layout.keys.kinds(self.coordinate)
         pairs = torch.arange(q.rows.shape[0] * k.rows.shape[0])
         if pairs.numel() > PAIRS_TO_COMPARE:
