@@ -10,81 +10,31 @@ never in blocks, so one plan serves many sizes. plan_parse.py reads plans from p
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from sparsereel import plan_file
 from sparsereel.patterns import AllOf, AnyOf, Full, KeepSinks, Pattern, Skip
+from sparsereel.plan_entries import (
+    Choice,
+    Combined,
+    LayerEntry,
+    LayerKey,
+    LayerPlan,
+    Named,
+    Numbers,
+    StepRange,
+    Timeline,
+    Use,
+)
+from sparsereel.schedule import Schedule
+
+__all__ = ["VERSION", "AttentionPlan", "LayerPlan", "ModelSpec", "Schedule"]
 
 VERSION = 1
-Amount = int | float
-
-
-def share_of(amount: Amount, total: int) -> int:
-    """`amount` of `total` steps: an int is steps, a float a share of the total, rounded up."""
-    if isinstance(amount, int):
-        return amount
-    # Products such as 0.1 * 70 land a hair above the whole number that is meant.
-    return math.ceil(amount * total - 1e-9)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When attention stays dense whatever the patterns say.
-
-    Args:
-        dense_first, dense_last: Steps at the start and at the end that stay dense: an int is steps, a float in [0, 1]
-        a share
-            of the steps run, rounded up. More costs time and keeps quality.
-        min_tokens: Sequences shorter than this stay dense.
-        max_density: Masks that visit a larger share of blocks than this stay dense.
-
-    Raises:
-        ValueError: a value out of range.
-    """
-
-    dense_first: Amount = 0
-    dense_last: Amount = 0
-    min_tokens: int = 0
-    max_density: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("dense_first", "dense_last"):
-            value = getattr(self, name)
-            steps = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-            share = isinstance(value, float) and 0 <= value <= 1
-            if not (steps or share):
-                raise ValueError(f"{name} must be a number of steps or a share in [0.0, 1.0], got {value!r}")
-        if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int) or self.min_tokens < 0:
-            raise ValueError(f"min_tokens must be a number of tokens, 0 or more, got {self.min_tokens!r}")
-        number = isinstance(self.max_density, (int, float)) and not isinstance(self.max_density, bool)
-        if not number or not 0 < self.max_density <= 1:
-            raise ValueError(f"max_density must be above 0 and at most 1, got {self.max_density!r}")
-
-    @property
-    def needs_step(self) -> bool:
-        """Whether `dense_at` differs between steps."""
-        return bool(self.dense_first or self.dense_last)
-
-    def dense_at(self, step: int, total: int) -> bool:
-        """Whether step `step` (from 0) of `total` is dense.
-
-        Raises:
-            ValueError: step outside 0..total - 1.
-        """
-        _check_step(step, total)
-        return step < share_of(self.dense_first, total) or step >= total - share_of(self.dense_last, total)
-
-
-def _check_step(step: int, total: int) -> None:
-    if not 0 <= step < total:
-        raise ValueError(f"step must be in 0..total - 1, got step {step} of {total}")
 
 
 @dataclass(frozen=True)
@@ -95,143 +45,6 @@ class ModelSpec:
     class_name: str | None = None
     layers: int | None = None
     heads: int | None = None
-
-
-@dataclass(frozen=True)
-class Named:
-    """A pattern of the plan's `patterns` table."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Combined:
-    """`any` or `all` of parts that are not all plain patterns (those become AnyOf and AllOf at once)."""
-
-    kind: str
-    parts: tuple[Use, ...]
-
-
-Use = Pattern | Named | Combined
-
-
-@dataclass(frozen=True)
-class StepRange:
-    """A stretch of steps: whole numbers first..last, both included, or shares first..last, the last excluded.
-
-    text: as written in the plan.
-    """
-
-    text: str
-    first: Amount
-    last: Amount
-
-    def __contains__(self, step_of_total: tuple[int, int]) -> bool:
-        step, total = step_of_total
-        if isinstance(self.first, int):
-            return self.first <= step <= self.last
-        return share_of(self.first, total) <= step < share_of(self.last, total)
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """Different choices at different steps; steps in no stretch are full."""
-
-    stretches: tuple[tuple[StepRange, Use], ...]
-
-
-Choice = Use | Timeline
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """A set of heads or layers: ranges of numbers, or "even" or "odd". text: as written in the plan."""
-
-    text: str
-    ranges: tuple[tuple[int, int], ...] = ()
-
-    def __contains__(self, number: int) -> bool:
-        if self.ranges:
-            return any(first <= number <= last for first, last in self.ranges)
-        return number % 2 == (self.text == "odd")
-
-    @property
-    def largest(self) -> int:
-        """Largest number named; -1 for "even" and "odd", which fit any count."""
-        return max((last for _, last in self.ranges), default=-1)
-
-    def overlaps(self, other: Numbers) -> bool:
-        """Whether some number is in both."""
-        if not self.ranges:
-            return self.text == other.text if not other.ranges else other.overlaps(self)
-        return any(n in other for first, last in self.ranges for n in range(first, last + 1))
-
-
-@dataclass(frozen=True)
-class LayerEntry:
-    """What the heads of some layers do: a default, and heads that differ."""
-
-    default: Choice
-    heads: tuple[tuple[Numbers, Choice], ...] = ()
-
-
-# Layers are named by number (Numbers) or by a glob over module names (str).
-LayerKey = Numbers | str
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What one layer does: for each head, (stretch or None for always, pattern) in order of precedence."""
-
-    name: str
-    index: int
-    heads: tuple[tuple[tuple[StepRange | None, Pattern], ...], ...]
-
-    def at(self, step: int, total: int) -> tuple[Pattern, ...]:
-        """One pattern a head at step `step` (from 0) of `total`.
-
-        Raises:
-            ValueError: step outside 0..total - 1.
-        """
-        _check_step(step, total)
-        return self._always or tuple(_pattern_at(head, step, total) for head in self.heads)
-
-    @cached_property
-    def _always(self) -> tuple[Pattern, ...] | None:
-        if all(head[0][0] is None for head in self.heads):
-            return tuple(head[0][1] for head in self.heads)
-        return None
-
-    @cached_property
-    def uniform_full(self) -> bool:
-        """Whether every head is full at every step."""
-        return all(isinstance(pattern, Full) for pattern in self.distinct())
-
-    @cached_property
-    def needs_step(self) -> bool:
-        """Whether `at` differs between steps."""
-        return self._always is None
-
-    def distinct(self) -> set[Pattern]:
-        """All patterns that occur in any head at any step."""
-        return {pattern for head in self.heads for _, pattern in head}
-
-    def describe(self) -> str:
-        """Short form for tables: what the heads do, the most frequent first."""
-        counts = Counter(_describe_head(head) for head in self.heads)
-        if len(counts) == 1:
-            return next(iter(counts))
-        return ", ".join(f"{count} x {text}" for text, count in counts.most_common())
-
-
-def _describe_head(head: tuple[tuple[StepRange | None, Pattern], ...]) -> str:
-    if head[0][0] is None:
-        return str(head[0][1])
-    return "; ".join(f"{pattern} at steps {stretch.text}" for stretch, pattern in head if stretch is not None)
-
-
-def _pattern_at(head: tuple[tuple[StepRange | None, Pattern], ...], step: int, total: int) -> Pattern:
-    return next(pattern for stretch, pattern in head if stretch is None or (step, total) in stretch)
 
 
 @dataclass(frozen=True)
@@ -248,7 +61,7 @@ class AttentionPlan:
     """
 
     model: ModelSpec = ModelSpec()
-    schedule: Schedule = Schedule()
+    schedule: Schedule = field(default_factory=Schedule)
     keep_sinks: bool = False
     patterns: tuple[tuple[str, Use], ...] = ()
     components: tuple[tuple[str, tuple[tuple[LayerKey, LayerEntry], ...]], ...] = ()

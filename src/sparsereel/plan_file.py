@@ -92,7 +92,10 @@ def _plain(node: yaml.Node, keys: Keys, source: Source, loader: yaml.SafeLoader,
         return node.value
     if not (isinstance(node, yaml.ScalarNode) and node.tag in PLAIN_TAGS):
         source.fail(keys, f"the tag {node.tag} is not used in plans; allowed are mappings, lists, text and numbers")
-    return loader.construct_object(node)
+    try:
+        return loader.construct_object(node)
+    except (ValueError, KeyError):
+        source.fail(keys, f"{node.value[:20]!r} cannot be read as {node.tag.rpartition(':')[2]}")
 
 
 def _mapping(node: yaml.MappingNode, keys: Keys, source: Source, loader: yaml.SafeLoader, seen: set[int]) -> Any:

@@ -11,22 +11,20 @@ from typing import Any, NoReturn
 
 from sparsereel import patterns
 from sparsereel.patterns import AllOf, AnyOf, Pattern, Skip
-from sparsereel.plan import (
-    VERSION,
-    AttentionPlan,
+from sparsereel.plan import VERSION, AttentionPlan, ModelSpec
+from sparsereel.plan_entries import (
     Choice,
     Combined,
     LayerEntry,
     LayerKey,
-    ModelSpec,
     Named,
     Numbers,
-    Schedule,
     StepRange,
     Timeline,
     Use,
 )
 from sparsereel.plan_file import Keys, Source
+from sparsereel.schedule import Schedule
 
 TOP_KEYS = ("version", "model", "schedule", "keep_sinks", "patterns", "components", "calibration")
 MODEL_KEYS = {"family": "family", "class": "class_name", "layers": "layers", "heads": "heads"}
