@@ -89,6 +89,10 @@ def chosen_isa() -> str:
     return os.environ.get("SPARSEREEL_ISA") or isas()[0]
 
 
+# OpenMP's threads do not survive a fork: a child that entered the pool would wait for them forever.
+_process_of_pool = os.getpid()
+
+
 @lru_cache(maxsize=1)
 def _gomp_parallel() -> int | None:
     # torch has loaded its OpenMP library with global scope; without one the kernels start plain threads.
@@ -101,7 +105,8 @@ def _gomp_parallel() -> int | None:
 def run(entry: str, args: Args) -> None:
     """Calls one entry point and turns its status into an exception."""
     function = getattr(kernels(), entry)
-    status = function(ctypes.byref(args), chosen_isa().encode(), _gomp_parallel())
+    parallel = _gomp_parallel() if os.getpid() == _process_of_pool else None
+    status = function(ctypes.byref(args), chosen_isa().encode(), parallel)
     if status == 1:
         raise MemoryError(STATUS[1])
     if status:

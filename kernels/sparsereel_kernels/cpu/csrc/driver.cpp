@@ -172,10 +172,7 @@ int32_t guarded(void (*entry)(const SparsereelArgs&, const Unit&, const Pool&), 
 
 extern "C" {
 
-int64_t sparsereel_args_size() {
-    sparsereel::Pool::home();
-    return (int64_t)sizeof(SparsereelArgs);
-}
+int64_t sparsereel_args_size() { return (int64_t)sizeof(SparsereelArgs); }
 
 const char* sparsereel_isas() {
     static const std::string names = sparsereel::isa_names();

@@ -17,19 +17,18 @@ INLINE void fetch(const char* token, int64_t bytes) {
 // Copies n features of one token into `to` as the operand type; [n, padded) become 0.
 template <class Op>
 static void copy_token(const char* from, int64_t dtype, int64_t n, int64_t padded, typename Op::Elem* to) {
-    if (Op::PAIR == 2) {
-        __builtin_memcpy(to, from, (size_t)n * 2);
-        for (int64_t i = n; i < padded; i++) to[i] = 0;
-        return;
+    if (Op::PAIR == 2 || dtype == SPARSEREEL_FLOAT32) {
+        __builtin_memcpy(to, from, (size_t)n * sizeof(*to));
+    } else {
+        int64_t i = 0;
+        for (; i + STRIP <= n; i += STRIP) store((float*)to + i, load_as(from + i * 2, dtype, STRIP));
+        if (i < n) {
+            float lanes[STRIP];
+            store(lanes, load_as(from + i * 2, dtype, n - i));
+            __builtin_memcpy(to + i, lanes, (size_t)(n - i) * 4);
+        }
     }
-    int64_t size = size_of(dtype), i = 0;
-    for (; i + STRIP <= n; i += STRIP) store((float*)to + i, load_as(from + i * size, dtype, STRIP));
-    if (i < n) {
-        float lanes[STRIP];
-        store(lanes, load_as(from + i * size, dtype, n - i));
-        for (int64_t j = i; j < n; j++) to[j] = (typename Op::Elem)lanes[j - i];
-    }
-    for (i = n; i < padded; i++) to[i] = 0;
+    for (int64_t i = n; i < padded; i++) to[i] = 0;
 }
 
 // Tokens [token, token + rows) as rows of `padded` operands.

@@ -11,7 +11,6 @@
 #if defined(__SSE2__)
 #include <xmmintrin.h>
 #endif
-#include <unistd.h>
 
 namespace sparsereel {
 
@@ -35,7 +34,7 @@ class FlushTiny {
 using Jobs = std::function<int64_t()>;
 
 // torch's own OpenMP pool serves, entered through GOMP_parallel (libgomp and libomp both have it): a second pool beside
-// it would fight for the cores. The pool does not survive a fork, so a child process starts plain threads.
+// it would fight for the cores. Without that function (null) plain threads are started.
 class Pool {
   public:
     Pool(int64_t threads, void* gomp) : threads_(threads < 1 ? 1 : threads), gomp_((Gomp)gomp) {}
@@ -53,7 +52,7 @@ class Pool {
         };
         int64_t team = threads_ < jobs ? threads_ : jobs;
         if (team <= 1) return body();
-        if (gomp_ && getpid() == home()) return gomp_(&Pool::enter, &body, (unsigned)team, 0);
+        if (gomp_) return gomp_(&Pool::enter, &body, (unsigned)team, 0);
         std::vector<std::thread> others;
         try {
             for (int64_t i = 1; i < team; i++) others.emplace_back(body);
@@ -62,12 +61,6 @@ class Pool {
         }
         body();
         for (std::thread& t : others) t.join();
-    }
-
-    // The process that loaded this library.
-    static pid_t home() {
-        static const pid_t pid = getpid();
-        return pid;
     }
 
   private:
