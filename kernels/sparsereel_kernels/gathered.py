@@ -132,7 +132,7 @@ class Group:
         shape = (q.shape[0], q.shape[1], k.shape[1])
         product = self.workspace.get("product", shape, q.dtype)
         torch.baddbmm(product, q, k.transpose(1, 2), beta=0, alpha=self.scale, out=product)
-        s = product if q.dtype == self.wide else self.workspace.get("scores", shape, self.wide).copy_(product)
+        s = self.widen(product, "scores")
         factor = None
         if isinstance(self.modifier, FrameDecay):
             factor = self._decay(chunk, s, self.modifier)
@@ -186,6 +186,10 @@ class Group:
         # The largest probability is exp(top - lse).
         lse = torch.where(empty, -torch.inf, top - p.amax(-1).log_())
         return p, lse, empty
+
+    def widen(self, x: Tensor, name: str) -> Tensor:
+        """`x` in full precision."""
+        return x if x.dtype == self.wide else self.workspace.get(name, tuple(x.shape), self.wide).copy_(x)
 
     def narrow(self, x: Tensor, name: str) -> Tensor:
         """`x` in the type of the matrix products."""

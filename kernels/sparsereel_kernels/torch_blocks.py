@@ -5,7 +5,8 @@ blocks they visit and taken in chunks of a few million pairs, so that memory sta
 times, not thousands. Products run in the input's type, softmax in fp32. A row too long for one chunk is taken in
 stretches whose results are merged through their lse.
 
-Heads are taken in up to GROUPS groups a sample: copies into blocks and the gradients' fp32 sums exist for one at a time.
+Heads are taken in up to GROUPS groups a sample: copies into blocks and the gradients' fp32 sums exist for one group at
+a time.
 """
 
 from __future__ import annotations
