@@ -180,7 +180,7 @@ def build(verbose: bool = False) -> Path:
     try:
         with _locked(folder):
             if not _is_sound(target):  # another process may have built it while this one waited
-                log.warning("sparsereel: building the CPU kernels once, about half a minute (%s)", target)
+                log.warning("sparsereel: building the CPU kernels once, about ten seconds (%s)", target)
                 _compile(tools, target, verbose)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"building in {folder} failed: {error}") from None

@@ -79,16 +79,16 @@ static inline V ldexp2(V x, V n) {
 
 static inline float widen(uint16_t h, int64_t dtype) {
     uint32_t x = (uint32_t)h << 16;
-    float f;
     if (dtype != SPARSEREEL_BFLOAT16) {
-        // Half: put exponent and mantissa in place, let a multiplication rebias and normalise them.
-        uint32_t bits = ((uint32_t)h & 0x7fff) << 13;
-        memcpy(&f, &bits, 4);
-        f *= 0x1p112f;
-        memcpy(&bits, &f, 4);
-        if (((uint32_t)h & 0x7c00) == 0x7c00) bits = ((uint32_t)h & 0x3ff) ? 0x7fc00000u : 0x7f800000u;
-        x = bits | ((uint32_t)h & 0x8000) << 16;
+        uint32_t sign = x & 0x80000000, magnitude = h & 0x7fff;
+        // Subnormal halves go through an integer: as floats they would count as tiny and be flushed.
+        if (magnitude < 0x400) {
+            float small = (float)(int32_t)magnitude * 0x1p-24f;
+            return sign ? -small : small;
+        }
+        x = sign | (magnitude >= 0x7c00 ? 0x7f800000 | magnitude << 13 : (magnitude << 13) + 0x38000000);
     }
+    float f;
     memcpy(&f, &x, 4);
     return f;
 }
