@@ -24,8 +24,8 @@ from sparsereel_eval.prompts import WantedDigit, parse_prompt
 
 # A blob holds a wanted colour when this share of its pixels is nearest to it: two digits that touch form one blob.
 PART_SHARE = 0.2
-# Named directions are judged on the first half of a clip: later a wall may turn the digit round.
-DIRECTION_SHARE = 0.5
+# Named directions are judged on a clip's first half, or 17 frames: later a wall may turn the digit round.
+DIRECTION_SHARE, DIRECTION_FRAMES = 0.5, 17
 # Pixels a frame squared. Steady motion has 0; a digit that flickers or wavers jumps by more than this.
 JUMP = 1.5
 SOUND_COUNT = 0.9
@@ -39,7 +39,7 @@ class JudgeScore:
         digit: The class read over all frames is the wanted one.
         colour: The ink has the wanted colour.
         background: The nearest named background is the wanted one.
-        direction: Moves as named in the first half; None where the prompt names no direction.
+        direction: Moves as named, at the start; None where the prompt names no direction.
         count: Share of frames with exactly the wanted number of digits: copies and gaps are punished.
         smoothness: Share of frames without a jump of the track; real clips reach about 0.95, as bounces count.
     """
@@ -157,8 +157,9 @@ def _count(blobs: list[Blob], colours: list[int]) -> int:
 
 
 def _moves(track: _Track, direction: str) -> bool:
-    """Goes mainly that way, and more than 2 pixels, between the start and the middle of the clip."""
-    early = [place for place in track[: max(3, math.ceil(len(track) * DIRECTION_SHARE) + 1)] if place is not None]
+    """Goes mainly that way, and more than 2 pixels, in the first frames of the clip."""
+    start = min(DIRECTION_FRAMES, max(3, math.ceil(len(track) * DIRECTION_SHARE) + 1))
+    early = [place for place in track[:start] if place is not None]
     if len(early) < 2:
         return False
     dx, dy = early[-1][0] - early[0][0], early[-1][1] - early[0][1]

@@ -15,7 +15,7 @@ from sparsereel.minireel.training.clip_sets import ClipSet, EncodedSet, encode_s
 from sparsereel.minireel.training.flow_matching import flow_loss, predict_tokens, sample_noise_levels
 from sparsereel.minireel.training.optim import MovingAverage, Muon, orthogonalise, warm_up_and_decay
 from sparsereel.minireel.training.recipe import Portion, Stage
-from sparsereel.minireel.training.transformer_stage import TransformerTrainer, draw_columns
+from sparsereel.minireel.training.transformer_stage import TransformerTrainer, draw_frames
 from sparsereel.minireel.training.vae_stage import VaeTrainer, held_out_psnr, render_pool
 from sparsereel_eval.digits import WORDS
 
@@ -79,7 +79,7 @@ def test_the_budget_is_checked(tmp_path):
 
 
 def test_training_lowers_the_loss():
-    trainer = tiny_trainer(keep=0.5, long_text=0.2)
+    trainer = tiny_trainer(keep_frames=1, long_text=0.2)
     data = trainer.sets["tiny"]
     before = trainer.held_out_loss(data)
     for index in range(60):
@@ -95,7 +95,7 @@ def test_kept_tokens_see_what_the_whole_model_sees():
     torch.nn.init.normal_(model.proj_out.weight)
     latents, text, levels = torch.randn(2, 16, 3, 5, 7), torch.randn(2, 4, 128), torch.tensor([0.2, 0.9])
     whole = predict_tokens(model, latents, levels, text)
-    every = draw_columns((3, 5, 7), Portion(CLIPS, 1, 1.0, keep=1.0), torch.Generator())
+    every = draw_frames((3, 5, 7), 3, torch.Generator())
     assert torch.equal(every, torch.arange(105))
     torch.testing.assert_close(predict_tokens(model, latents, levels, text, every), whole)
     stock = model(latents, 1000 * levels, text, return_dict=False)[0]
@@ -106,15 +106,20 @@ def test_kept_tokens_see_what_the_whole_model_sees():
     torch.testing.assert_close(flow_loss(model, clean, noise, levels, text), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_columns_are_whole_tiles_through_all_frames():
-    portion = Portion(CLIPS, 1, 1.0, keep=0.25, tile=2)
-    keep = draw_columns((3, 8, 8), portion, torch.Generator().manual_seed(0))
-    mask = torch.zeros(3 * 8 * 8, dtype=torch.bool)
+@pytest.mark.parametrize("seed", range(5))
+def test_frames_are_kept_whole_and_half_of_them_in_a_row(seed):
+    keep = draw_frames((20, 2, 3), 7, torch.Generator().manual_seed(seed))
+    mask = torch.zeros(20 * 6, dtype=torch.bool)
     mask[keep] = True
-    mask = mask.view(3, 8, 8)
-    assert mask.float().mean() == 0.25
-    assert (mask == mask[0]).all()
-    assert (mask.view(3, 4, 2, 4, 2).float().mean((2, 4)) % 1 == 0).all()
+    frames = mask.view(20, 6)
+    assert (frames.all(1) == frames.any(1)).all()
+    assert frames.all(1).sum() == 7
+    assert frames.all(1).unfold(0, 4, 1).all(1).any()
+
+
+def test_more_frames_than_there_are_cannot_be_kept():
+    with pytest.raises(ValueError, match=r"1\.\.3 .* got 4"):
+        draw_frames((3, 2, 2), 4, torch.Generator())
 
 
 def test_noise_levels_cover_the_range():
@@ -181,7 +186,7 @@ def test_checkpoints_are_replaced_whole(tmp_path):
 def test_stages_end_in_a_pipeline_folder(tmp_path, monkeypatch):
     """The command from a folder of weights: data, transformer and large, with tiny sets; the result loads and runs."""
     for name in ("TRANSFORMER", "LARGE"):
-        stage = Stage(name.lower(), 1, (Portion(CLIPS, batch=2, share=1.0, keep=0.5),), 1e-3, 1e-3, 0.5, CLIPS)
+        stage = Stage(name.lower(), 1, (Portion(CLIPS, batch=2, share=1.0, keep_frames=1),), 1e-3, 1e-3, 0.5, CLIPS)
         monkeypatch.setattr(stages.recipe, name, stage)
     asked = ["--output", str(tmp_path), "--steps", "2", "--no-compile", "--start-from", str(minireel.WEIGHTS)]
     assert train.main(asked) == 0

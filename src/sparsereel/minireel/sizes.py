@@ -59,4 +59,4 @@ def check_size(frames: int, height: int, width: int) -> None:
 
 
 NATIVE = Size(frames=33, height=96, width=96, steps=20, guidance=3.5, tokens=1296)
-LARGE = Size(frames=33, height=256, width=256, steps=20, guidance=3.5, tokens=9216)
+LARGE = Size(frames=129, height=128, width=128, steps=16, guidance=3.5, tokens=8448)

@@ -37,8 +37,8 @@ def predict_tokens(
     """The model's velocity, token by token, optionally of a subset of the tokens only.
 
     `WanTransformer3DModel.forward` without the reshaping at its end. With `keep`, the other tokens do not exist for
-    this pass; those kept stay at their rotary positions. Attention over a random quarter of a large clip costs a
-    sixteenth, and teaches the far distances all the same.
+    this pass; those kept stay at their rotary positions. Attention over a third of a long clip costs a
+    ninth, and teaches the far distances all the same.
 
     Args:
         latents: (B, C, F, H, W), noisy.

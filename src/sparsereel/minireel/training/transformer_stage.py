@@ -104,9 +104,10 @@ class TransformerTrainer:
         return flow_loss(self.worker, clean, noise, levels, text, keep).mean()
 
     def _draw_tokens(self, portion: Portion) -> torch.Tensor | None:
-        if portion.keep >= 1:
+        if portion.keep_frames is None:
             return None
-        return draw_columns(self.sets[portion.clips.name].latents.shape[2:], portion, self.generator)
+        shape = self.sets[portion.clips.name].latents.shape[2:]
+        return draw_frames(shape, portion.keep_frames, self.generator)
 
     def _update(self, factor: float) -> None:
         for group in self.adamw.param_groups:
@@ -165,18 +166,23 @@ class TransformerTrainer:
         self._refresh_worker()
 
 
-def draw_columns(shape: Sequence[int], portion: Portion, generator: torch.Generator) -> torch.Tensor:
-    """Token indices (N,), ascending, of a random share of the columns of a latent clip of shape (F, H, W).
+def draw_frames(shape: Sequence[int], count: int, generator: torch.Generator) -> torch.Tensor:
+    """Token indices (N,), ascending, of `count` whole latent frames of a clip of shape (F, H, W).
 
-    The draw does not look at the clip. If it favoured the digits, the model would learn that what it sees holds one.
+    Half of them follow one another, so that motion stays visible; the others are anywhere, so that far distances are.
+    The draw does not look at the clip, and frames are kept whole: leaving out places instead makes a digit harder to
+    see than it is when sampling, and the model then learns to doubt it and samples empty clips.
     """
     frames, height, width = shape
-    rows, columns = -(-height // portion.tile), -(-width // portion.tile)
-    chosen = torch.zeros(rows * columns, dtype=torch.bool)
-    count = max(1, round(portion.keep * rows * columns))
-    chosen[torch.randperm(rows * columns, generator=generator)[:count]] = True
-    cells = chosen.view(rows, columns).repeat_interleave(portion.tile, 0).repeat_interleave(portion.tile, 1)
-    return cells[:height, :width].expand(frames, height, width).flatten().nonzero().flatten()
+    if not 0 < count <= frames:
+        raise ValueError(f"keep_frames must lie in 1..{frames} for this clip, got {count}.")
+    run = (count + 1) // 2
+    start = int(torch.randint(frames - run + 1, (1,), generator=generator))
+    others = torch.tensor([frame for frame in range(frames) if not start <= frame < start + run], dtype=torch.int64)
+    chosen = others[torch.randperm(len(others), generator=generator)[: count - run]]
+    kept = torch.cat([torch.arange(start, start + run), chosen]).sort().values
+    cells = height * width
+    return (kept[:, None] * cells + torch.arange(cells)).flatten()
 
 
 def _numbered(tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
