@@ -16,7 +16,7 @@ from .modifiers import FrameDecay, KeyBias, Modifier
 __all__ = ["mask_name", "sparse_attention"]
 
 # Stands for "no mask"; constant, so that compiled graphs of dense and sparse layers are the same.
-_NO_MASK = torch.zeros((), dtype=torch.int64)
+_NO_MASK = registry.name_tensor(None)
 
 
 def mask_name(mask: BlockMask | None) -> Tensor:

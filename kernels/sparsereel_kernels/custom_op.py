@@ -50,9 +50,9 @@ def attention_op(
     if mask is not None:
         checks.check_mask(mask, q, k)
     modifier = _modifier(frame_of_q, frame_of_k, table, bias)
-    wants = run.Wants(lse=needs_lse or needs_backward, backward=needs_backward)
+    wants = run.Wants(lse=needs_lse, backward=needs_backward)
     out, lse = run.forward(q, k, v, mask, scale, key_lengths, modifier, backend, wants)
-    if not wants.lse:
+    if not (needs_lse or needs_backward):
         lse = lse.new_empty(0)
     return as_laid_out(out, q), lse, registry.name_tensor(mask)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from .problem import Problem
 
 logger = logging.getLogger("sparsereel_kernels")
+
+
+NO_GRADIENTS = "gradients are not supported"
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Backend:
             return [str(error)]
         reasons = list(module.unsupported_reasons(problem))
         if problem.needs_backward and not hasattr(module, "backward"):
-            reasons.append("gradients are not supported")
+            reasons.append(NO_GRADIENTS)
         return reasons
 
 
@@ -150,14 +153,14 @@ def _refusal(opening: str, problem: Problem, refused: dict[str, list[str]]) -> s
 
 def _announce(chosen: str, problem: Problem, refused: dict[str, list[str]]) -> None:
     passed_over = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
-    level = logging.WARNING if "cpu" in refused and _kernels_missing(problem) else logging.INFO
+    level = logging.WARNING if _kernels_missing(problem, refused.get("cpu", [])) else logging.INFO
     _log_once(level, chosen, problem.device_type, passed_over)
 
 
-def _kernels_missing(problem: Problem) -> bool:
-    """Whether the native CPU kernels would refuse even the plainest call: there is no compiler, for instance."""
-    plainest = replace(problem, dtype=torch.float32, modifier=None, needs_backward=False)
-    return bool(BY_NAME["cpu"].reasons(plainest))
+def _kernels_missing(problem: Problem, reasons: list[str]) -> bool:
+    """Whether `reasons` mean that the native CPU kernels could not be built: a notice, where the rest is detail."""
+    usual = problem.device_type == "cpu" and problem.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return usual and any(reason != NO_GRADIENTS for reason in reasons)
 
 
 @lru_cache(maxsize=256)

@@ -45,7 +45,9 @@ def register(mask: BlockMask) -> Tensor:
     number = next(_names)
     with _lock:
         _masks[number] = mask
-    return torch.tensor(number, dtype=torch.int64, device="cpu")
+    # A mask may be built in inference mode and be used in training.
+    with torch.inference_mode(False):
+        return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 
 def name_tensor(mask: BlockMask | None) -> Tensor:
@@ -53,7 +55,8 @@ def name_tensor(mask: BlockMask | None) -> Tensor:
     number = 0 if mask is None else int(mask.name)
     owner = _Owner(number.to_bytes(8, sys.byteorder))
     owner.mask = mask
-    return torch.frombuffer(owner, dtype=torch.int64).reshape(())
+    with torch.inference_mode(False):
+        return torch.frombuffer(owner, dtype=torch.int64).reshape(())
 
 
 def find(name: Tensor) -> BlockMask | None:

@@ -18,7 +18,7 @@ from .problem import Problem
 
 @dataclass(frozen=True)
 class Wants:
-    """What the caller reads besides the output."""
+    """What the caller reads besides the output; backward needs lse, too."""
 
     lse: bool = False
     backward: bool = False
@@ -100,7 +100,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv and dbias by the backend that ran forward."""
     s = saved
-    problem = problem_of(s.q, s.k, s.v, s.mask, s.key_lengths, s.modifier, Wants(lse=True, backward=True))
+    problem = problem_of(s.q, s.k, s.v, s.mask, s.key_lengths, s.modifier, Wants(backward=True))
     module = dispatch.choose(backend, problem, s.mask).load()
     q, k, v = unit_stride(s.q), unit_stride(s.k), unit_stride(s.v)
     return module.backward(
