@@ -240,3 +240,12 @@ def test_a_query_that_an_intersection_leaves_alone_sees_itself():
     mask = (patterns.Sink() & patterns.Diagonal(1)).token_mask(grid)
     assert mask[8:].nonzero().tolist() == [[i, 8 + i] for i in range(4)]
     assert mask[0].nonzero().flatten().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "pattern", [patterns.Diagonal(10**15), patterns.MultiDiagonal(10**15), patterns.Spatial(10**15)]
+)
+def test_widths_beyond_the_grid_are_the_grid(pattern):
+    grid = TokenGrid(3, 4, 5, 9)
+    assert pattern.token_mask(grid).all()
+    assert pattern.block_mask(grid, (8, 8)).token_density == 1

@@ -10,6 +10,9 @@ Every file draws itself: `python -m sparsereel.patterns.radial -o radial.png`.
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 from sparsereel.patterns.base import Pattern
 from sparsereel.patterns.causal import Causal
 from sparsereel.patterns.compose import AllOf, AnyOf, KeepSinks
@@ -25,6 +28,10 @@ from sparsereel.patterns.sliding_tile import SlidingTile
 from sparsereel.patterns.spatial import Spatial
 from sparsereel.patterns.temporal import Temporal
 from sparsereel.patterns.vertical_stripe import VerticalStripe
+
+# `python -m sparsereel.patterns.radial` runs a file that this package has imported already, which is meant here.
+if sys.argv[:1] == ["-m"]:
+    warnings.filterwarnings("ignore", message="'sparsereel.patterns", category=RuntimeWarning)
 
 __all__ = [
     "AllOf",

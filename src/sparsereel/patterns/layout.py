@@ -114,12 +114,12 @@ class Side:
         return Kinds(of_block, values[first], base)
 
     def extent(self, coordinate: Coordinate) -> tuple[Tensor, Tensor, Tensor]:
-        """[n] smallest and largest coordinate inside the video, and whether any token is outside of it.
+        """[n] int32 smallest and largest coordinate inside the video, and whether any token is outside of it.
 
-        A block without video tokens has an empty extent: a smallest far above its largest.
+        A block without video tokens has an empty extent: a smallest (2^29) far above its largest (-2^29).
         """
-        values = coordinate.of(self.tokens)
-        far = torch.tensor(2**40)
+        values = coordinate.of(self.tokens).to(torch.int32)
+        far = torch.tensor(2**29, dtype=torch.int32)
         smallest = torch.where(values < 0, far, values).amin(1)
         largest = torch.where(values < 0, -far, values).amax(1)
         return smallest, largest, (values < 0).any(1)

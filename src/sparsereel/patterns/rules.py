@@ -24,6 +24,9 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 WORD = 64
 # Words of one prefix table (Band) beyond which pairs are compared one by one instead: 2^23 words are 64 MiB.
 LARGEST_TABLE = 2**23
+# Beyond every coordinate, and beyond the bounds of blocks without video tokens. All sums of two fit in an int32.
+FARTHEST = 2**28
+ANYWHERE = 2**30
 # Pairs of kinds whose bits are compared beforehand, so that those that come out alike share a tile (8 MiB of bits).
 PAIRS_TO_COMPARE = 2**13
 # 0 in the video, -1 outside.
@@ -160,6 +163,20 @@ class Axis(Rule):
         return out.flatten(0, 1)
 
 
+@dataclass(frozen=True)
+class _Bounds:
+    """[n] smallest and largest coordinate of each block: of its video tokens, and with text as being anywhere."""
+
+    low: Tensor
+    high: Tensor
+    least: Tensor
+    most: Tensor
+
+
+def _bounds(low: Tensor, high: Tensor, has_text: Tensor) -> _Bounds:
+    return _Bounds(low, high, torch.where(has_text, -ANYWHERE, low), torch.where(has_text, ANYWHERE, high))
+
+
 @dataclass(frozen=True, eq=False)
 class Band(Rule):
     """Allowed where q - before <= k <= q + after in one coordinate; for coordinates of many values."""
@@ -169,12 +186,15 @@ class Band(Rule):
     after: int
 
     def status(self, layout: Layout, i: Tensor, j: Tensor) -> Tensor:
-        q_low, q_high, q_out = layout.once(self, "queries", lambda: layout.queries.extent(self.coordinate))
-        k_low, k_high, k_out = layout.once(self, "keys", lambda: layout.keys.extent(self.coordinate))
-        full = (k_high[j] - q_low[i] <= self.after) & (k_low[j] - q_high[i] >= -self.before)
-        empty = (k_low[j] - q_high[i] > self.after) | (k_high[j] - q_low[i] < -self.before)
-        some = ~empty | q_out[i] | k_out[j]
-        return full.to(torch.uint8) + (full | some).to(torch.uint8)
+        q, k = layout.once(self, "bounds", lambda: self._bounds(layout))
+        before, after = min(self.before, FARTHEST), min(self.after, FARTHEST)
+        full = (k.high[j] <= q.low[i] + after) & (k.low[j] >= q.high[i] - before)
+        touched = (k.least[j] <= q.most[i] + after) & (k.most[j] >= q.least[i] - before)
+        return full.to(torch.uint8) + touched.to(torch.uint8)
+
+    def _bounds(self, layout: Layout) -> tuple[_Bounds, _Bounds]:
+        sides = (layout.queries.extent(self.coordinate), layout.keys.extent(self.coordinate))
+        return _bounds(*sides[0]), _bounds(*sides[1])
 
     def key(self, layout: Layout, i: Tensor, j: Tensor, status: Tensor) -> Tensor:
         q = layout.queries.kinds(self.coordinate, shifted=True)
