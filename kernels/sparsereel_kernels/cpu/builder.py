@@ -29,7 +29,13 @@ SOURCES = Path(__file__).parent / "csrc"
 COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-w")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl")
-X86_UNITS = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": (*_AVX512, "-mavx512bf16")}
+_AVX512_BF16 = (*_AVX512, "-mavx512bf16")
+X86_UNITS = {
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512_bf16": _AVX512_BF16,
+    "amx": (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
+}
 
 log = logging.getLogger("sparsereel")
 
@@ -73,13 +79,15 @@ def _run(command: list[str], **options: str) -> subprocess.CompletedProcess[str]
 @lru_cache(maxsize=4)
 def _probe(compiler: str) -> _Toolchain:
     version = _run([compiler, "--version"]).stdout.strip()
-    units = {"portable": ()} | (X86_UNITS if platform.machine().lower() in ("x86_64", "amd64") else {})
-    if "avx512_bf16" in units:
-        # Compilers before 2020 do not know it; the rest is older than C++17.
-        tried = _run([compiler, "-mavx512bf16", "-fsyntax-only", "-x", "c++", "-"], input="")
-        if tried.returncode:
-            units.pop("avx512_bf16")
+    units: dict[str, tuple[str, ...]] = {"portable": ()}
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        units |= {name: flags for name, flags in X86_UNITS.items() if _knows(compiler, flags)}
     return _Toolchain(compiler, version, units)
+
+
+def _knows(compiler: str, flags: tuple[str, ...]) -> bool:
+    """Whether the compiler is young enough for an instruction set."""
+    return _run([compiler, *flags, "-fsyntax-only", "-x", "c++", "-"], input="").returncode == 0
 
 
 def _toolchain() -> _Toolchain:
@@ -138,13 +146,14 @@ def _is_sound(path: Path) -> bool:
 
 def _compile(tools: _Toolchain, target: Path, verbose: bool) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        flags = [*COMMON_FLAGS, *(["-DSPARSEREEL_WITH_AVX512_BF16"] if "avx512_bf16" in tools.units else [])]
-        commands = [[tools.compiler, *flags, "-c", str(SOURCES / "driver.cpp"), "-o", f"{scratch}/driver.o"]]
-        for name, extra in tools.units.items():
-            define = f"-DSPARSEREEL_UNIT={name}"
-            commands.append(
-                [tools.compiler, *flags, *extra, define, "-c", str(SOURCES / "unit.cpp"), "-o", f"{scratch}/{name}.o"]
-            )
+        flags = [*COMMON_FLAGS, *(f"-DSPARSEREEL_WITH_{name.upper()}" for name in tools.units)]
+        jobs: list[tuple[str, str, tuple[str, ...]]] = [("driver", "driver.cpp", ())]
+        # The longest jobs first: they decide when the last one ends.
+        jobs += [(n, "unit.cpp", (*f, f"-DSPARSEREEL_UNIT={n}")) for n, f in reversed(tools.units.items())]
+        commands = [
+            [tools.compiler, *flags, *extra, "-c", str(SOURCES / source), "-o", f"{scratch}/{name}.o"]
+            for name, source, extra in jobs
+        ]
         with ThreadPoolExecutor(min(len(commands), os.cpu_count() or 1)) as pool:
             list(pool.map(lambda command: _call(command, verbose), commands))
         objects = [command[-1] for command in commands]

@@ -16,20 +16,19 @@ struct Backward {
     Panel* panels;
 
     Backward(const Call& call, int64_t rows, char** scratch) {
-        const int64_t size = (int64_t)sizeof(typename Op::Elem);
-        first = (typename Op::Elem*)take(scratch, rows * call.packed[0].padded * size);
-        second = (typename Op::Elem*)take(scratch, rows * call.packed[1].padded * size);
+        first = take_rows<Op>(scratch, rows, call.packed[0].padded);
+        second = take_rows<Op>(scratch, rows, call.packed[1].padded);
         scores = take_floats(scratch, PANEL_ROWS * SCORE_ROW);
         dots = take_floats(scratch, PANEL_ROWS * SCORE_ROW);
         weights = take_weights<Op>(scratch, scores);
         grads = take_weights<Op>(scratch, dots);
         factors = call.frame_of_row ? take_floats(scratch, PANEL_ROWS * SCORE_ROW) : nullptr;
         peak = take_floats(scratch, PANEL_ROWS * STRIP);
-        sums = take_floats(scratch, rows * call.packed[2].padded);
-        more_sums = call.operands > 3 ? take_floats(scratch, rows * call.packed[3].padded) : nullptr;
+        sums = take_sums(scratch, rows, call.packed[2].padded);
+        more_sums = call.operands > 3 ? take_sums(scratch, rows, call.packed[3].padded) : nullptr;
         bias_sums = take_floats(scratch, rows);
         ramps = (const float**)take(scratch, rows * (int64_t)sizeof(float*));
-        panels = make_panels(rows, scratch);
+        panels = take_panels(scratch, rows);
     }
 };
 

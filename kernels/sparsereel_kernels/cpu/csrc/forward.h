@@ -4,9 +4,14 @@
 // fit the first-level cache; a run of packed keys and values fits the second and serves all panels.
 #pragma once
 
-constexpr int64_t GROUPS = 4;  // row groups a panel
-constexpr int64_t RUN = 16;    // strips a run: 256 keys for each softmax step
-constexpr int64_t PANEL_ROWS = ROWS * GROUPS;
+constexpr int64_t RUN = 16;  // strips a run: 256 keys for each softmax step
+#ifdef SPARSEREEL_HAS_TILES
+constexpr int64_t PANEL_ROWS = 2 * TILE_ROWS;
+constexpr int64_t SPARE_ROWS = PANEL_ROWS;  // the last tiles of a task write past its rows
+#else
+constexpr int64_t PANEL_ROWS = 4 * ROWS;
+constexpr int64_t SPARE_ROWS = 0;
+#endif
 // One spare vector a row keeps the rows of a panel out of one another's cache sets.
 constexpr int64_t SCORE_ROW = RUN * STRIP + STRIP;
 constexpr int64_t PAIR_ROW = RUN * STRIP + 2 * STRIP;
@@ -34,16 +39,26 @@ INLINE typename Op::Elem* take_weights(char** scratch, float* scores) {
 template <class Op>
 constexpr int64_t WEIGHT_ROW = Op::PAIR == 1 ? SCORE_ROW : PAIR_ROW;
 
-static Panel* make_panels(int64_t rows, char** scratch) {
-    Panel* panels = (Panel*)take(scratch, rows * (int64_t)sizeof(Panel));
-    return panels;
+INLINE Panel* take_panels(char** scratch, int64_t rows) {
+    return (Panel*)take(scratch, rows * (int64_t)sizeof(Panel));
+}
+
+template <class Op>
+INLINE typename Op::Elem* take_rows(char** scratch, int64_t rows, int64_t padded) {
+    return (typename Op::Elem*)take(scratch, (rows + SPARE_ROWS) * padded * (int64_t)sizeof(typename Op::Elem));
+}
+
+INLINE float* take_sums(char** scratch, int64_t rows, int64_t padded) {
+    return take_floats(scratch, (rows + SPARE_ROWS) * padded);
 }
 
 static int64_t start_panels(Panel* panels, int64_t rows) {
     Split split = Split::of(rows, PANEL_ROWS);
     for (int64_t i = 0; i < split.parts; i++) {
-        int64_t first = Split::first_of(split, i);
-        panels[i] = {first, Split::first_of(split, i + 1) - first, {0, 0}, false};
+        // Panels of like size; with matrix tiles full ones and a rest, as only the last may write past its rows.
+        int64_t first = SPARE_ROWS ? i * PANEL_ROWS : Split::first_of(split, i);
+        int64_t end = SPARE_ROWS ? Split::smaller(rows, first + PANEL_ROWS) : Split::first_of(split, i + 1);
+        panels[i] = {first, end - first, {0, 0}, false};
     }
     return split.parts;
 }
@@ -66,16 +81,16 @@ struct Forward {
     Panel* panels;
 
     Forward(const Call& call, int64_t rows, char** scratch) {
-        q = (typename Op::Elem*)take(scratch, rows * call.packed[0].padded * (int64_t)sizeof(typename Op::Elem));
+        q = take_rows<Op>(scratch, rows, call.packed[0].padded);
         scores = take_floats(scratch, PANEL_ROWS * SCORE_ROW);
         weights = take_weights<Op>(scratch, scores);
-        sums = take_floats(scratch, rows * call.packed[1].padded);
+        sums = take_sums(scratch, rows, call.packed[1].padded);
         peak = take_floats(scratch, PANEL_ROWS * STRIP);
         fade = take_floats(scratch, PANEL_ROWS);
         top = take_floats(scratch, rows);
         total = take_floats(scratch, rows);
         ramps = (const float**)take(scratch, rows * (int64_t)sizeof(float*));
-        panels = make_panels(rows, scratch);
+        panels = take_panels(scratch, rows);
     }
 };
 

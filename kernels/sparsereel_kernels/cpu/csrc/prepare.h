@@ -16,7 +16,8 @@ class Prepared {
   public:
     Call call{};
 
-    Prepared(const SparsereelArgs& a, const Unit& unit, Pass pass, Mask* mask, const Pool& pool) {
+    Prepared(const SparsereelArgs& a, const Unit& unit, Pass pass, Mask* mask, const Pool& pool)
+        : depth_step_(unit.depth_step) {
         call.args = &a;
         call.pass = pass;
         call.pairs = unit.pairs && a.dtype == SPARSEREEL_BFLOAT16;
@@ -70,8 +71,8 @@ class Prepared {
     }
 
     void add_operand(const SparsereelView& view, int64_t features, bool transposed) {
-        int64_t pair = call.pairs ? 2 : 1, size = call.pairs ? 2 : 4, unit = transposed ? pair : STRIP;
-        int64_t padded = ceil_div(features, unit) * unit;
+        int64_t size = call.pairs ? 2 : 4, step = !transposed ? STRIP : call.pairs ? depth_step_ : 1;
+        int64_t padded = ceil_div(features, step) * step;
         call.packed[call.operands++] = {view, features, transposed, padded, padded * STRIP * size, nullptr};
     }
 
@@ -158,6 +159,7 @@ class Prepared {
         call.frame_kind = kinds_.data();
     }
 
+    int64_t depth_step_;
     std::vector<uint8_t> kinds_;
     std::vector<float> bias_, ramp_, ones_;
     std::vector<int32_t> frames_;

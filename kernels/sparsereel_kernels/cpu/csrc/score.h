@@ -47,11 +47,16 @@ INLINE void modify(const Call& call, const ScoreTile& t, int j, V (&c)[R][N]) {
 template <class Op, int R, int MODE>
 static void score(const Call& call, const typename Op::Elem* rows, const ScoreTile& t) {
     V c[R][COLUMNS];
-    const typename Op::Elem* b[COLUMNS];
-    UNROLL for (int j = 0; j < COLUMNS; j++)
-        b[j] = (const typename Op::Elem*)(t.columns + t.strips[j].index * t.strip_bytes);
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < COLUMNS; j++) c[r][j] = zero();
-    multiply<Op, R, COLUMNS>(c, rows, t.depth, b, STRIP * Op::PAIR, t.depth / Op::PAIR);
+    if (Op::TILES) {
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int j = 0; j < COLUMNS; j++) c[r][j] = load(t.scores + r * t.score_row + j * STRIP);
+    } else {
+        const typename Op::Elem* b[COLUMNS];
+        UNROLL for (int j = 0; j < COLUMNS; j++)
+            b[j] = (const typename Op::Elem*)(t.columns + t.strips[j].index * t.strip_bytes);
+        UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < COLUMNS; j++) c[r][j] = zero();
+        multiply<Op, R, COLUMNS>(c, rows, t.depth, b, STRIP * Op::PAIR, t.depth / Op::PAIR);
+    }
     if (MODE == MASKED || MODE == MODIFIED) {
         const V none = set1(NONE);
         UNROLL for (int j = 0; j < COLUMNS; j++) {
@@ -114,6 +119,16 @@ static void score_panel(const Call& call, const View& view, const Scoring<Op>& s
         ScoreMode mode = least;
         for (int64_t j = 0; j < COLUMNS; j++)
             if (mode == PLAIN && (strips[i + j].bits || strips[i + j].columns != 0xffff)) mode = MASKED;
+#ifdef SPARSEREEL_HAS_TILES
+        if constexpr (Op::TILES) {
+            for (int64_t j = i; j < i + COLUMNS; j += 2)
+                tile_scores(s.rows, packed.padded, panel_rows > TILE_ROWS,
+                            view.packed[s.operand] + strips[j].index * packed.bytes,
+                            view.packed[s.operand] + strips[j + 1].index * packed.bytes, s.scores + j * STRIP,
+                            s.score_row);
+            if (mode == RAW) continue;
+        }
+#endif
         for (int64_t g = 0; g < groups.parts; g++) {
             int64_t row = Split::first_of(groups, g), rows = Split::first_of(groups, g + 1) - row;
             ScoreTile t = {strips + i, view.packed[s.operand], packed.bytes, packed.padded, row,

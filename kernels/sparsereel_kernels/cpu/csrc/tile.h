@@ -9,6 +9,7 @@
 
 struct F32 {
     typedef float Elem;
+    static constexpr bool TILES = false;  // products come from matrix instructions (tiles_amx.h)
     static constexpr int64_t PAIR = 1;
     static constexpr int DEGREE = 5;
     INLINE V spread(const Elem* a) { return set1(*a); }
@@ -22,6 +23,7 @@ struct F32 {
 #ifdef SPARSEREEL_HAS_PAIRS
 struct Pairs {
     typedef uint16_t Elem;
+    static constexpr bool TILES = false;
     static constexpr int64_t PAIR = 2;
     static constexpr int DEGREE = 4;
     INLINE V spread(const Elem* a) {

@@ -33,10 +33,16 @@ constexpr int ROWS = 2, COLUMNS = 1;
 #if defined(__AVX512BF16__)
 #define SPARSEREEL_HAS_PAIRS
 #endif
+#if defined(__AMX_BF16__) || (defined(SPARSEREEL_HAS_PAIRS) && defined(SPARSEREEL_EMULATE_AMX))
+#define SPARSEREEL_HAS_TILES
+#endif
 
 #include "tile.h"
 #include "pack.h"
 #include "lists.h"
+#ifdef SPARSEREEL_HAS_TILES
+#include "tiles_amx.h"
+#endif
 #include "score.h"
 #include "weigh.h"
 #include "forward.h"
@@ -62,11 +68,17 @@ static void run_task(const Call& call, const Task& task, char* scratch) {
         key_gradient<Op>(call, task, scratch);
 }
 
-#ifdef SPARSEREEL_HAS_PAIRS
+#if defined(SPARSEREEL_HAS_TILES)
 constexpr bool PAIRS = true;
+constexpr int64_t DEPTH_STEP = 32;
+typedef Tiles IfPairs;
+#elif defined(SPARSEREEL_HAS_PAIRS)
+constexpr bool PAIRS = true;
+constexpr int64_t DEPTH_STEP = 2;
 typedef Pairs IfPairs;
 #else
 constexpr bool PAIRS = false;
+constexpr int64_t DEPTH_STEP = 1;
 typedef F32 IfPairs;  // never asked for
 #endif
 
@@ -79,11 +91,18 @@ static size_t scratch_bytes(const Call& call, int64_t rows) {
 }
 
 static void run(const Call& call, const Task& task, char* scratch) {
-    call.pairs ? run_task<IfPairs>(call, task, scratch) : run_task<F32>(call, task, scratch);
+    if (!call.pairs) return run_task<F32>(call, task, scratch);
+#ifdef SPARSEREEL_HAS_TILES
+    tiles_begin();
+#endif
+    run_task<IfPairs>(call, task, scratch);
+#ifdef SPARSEREEL_HAS_TILES
+    tiles_end();
+#endif
 }
 
 extern const Unit unit;
-const Unit unit = {SPARSEREEL_NAME(SPARSEREEL_UNIT), PAIRS, pack, measure, scratch_bytes, run};
+const Unit unit = {SPARSEREEL_NAME(SPARSEREEL_UNIT), PAIRS, DEPTH_STEP, pack, measure, scratch_bytes, run};
 
 }  // namespace SPARSEREEL_UNIT
 }  // namespace sparsereel

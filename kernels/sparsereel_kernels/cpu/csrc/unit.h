@@ -32,7 +32,7 @@ struct Packed {
     SparsereelView view;
     int64_t features;
     bool transposed;  // strips are [padded / pair, 16, pair]; else [16 / pair, padded, pair]
-    int64_t padded;   // features, rounded up to pairs (transposed) or strips
+    int64_t padded;   // features, rounded up to the unit's depth_step (transposed) or strips
     int64_t bytes;    // of one strip
     char* data;
 };
@@ -81,7 +81,8 @@ struct Task {
 
 struct Unit {
     const char* name;
-    bool pairs;  // can multiply bf16 pairs
+    bool pairs;          // can multiply bf16 pairs
+    int64_t depth_step;  // head_dim of transposed pairs is rounded up to this
     // Packs one block of columns of one (batch, column head): `place` is its number in the packed buffers.
     void (*pack)(const Call& call, int64_t batch, int64_t head, int64_t block, int64_t place);
     // Statistics of the queries [first, last) of one (batch, head).

@@ -45,11 +45,29 @@ INLINE void weigh_rows(int64_t rows, int64_t n, const Weighing<Op>& w, const cha
     }
 }
 
+#ifdef SPARSEREEL_HAS_TILES
+// The same with matrix instructions: what the sums hold is faded beforehand.
+static void weigh_tiles(const Weighing<Tiles>& w, const char* columns, const Packed& packed, int64_t panel_rows,
+                        const Strip* strips, int64_t count) {
+    for (int64_t r = 0; w.started && w.fade && r < panel_rows; r++) {
+        float* sums = w.sums + r * packed.padded;
+        if (w.fade[r] == 1.f) continue;
+        for (int64_t i = 0; i < packed.padded; i += STRIP) store(sums + i, mul(load(sums + i), set1(w.fade[r])));
+    }
+    for (int64_t c = 0; c < packed.padded; c += 2 * STRIP)
+        tile_sums(w.weights, w.weight_row, panel_rows > TILE_ROWS, columns, packed, strips, count, c,
+                  c + STRIP < packed.padded, w.started, w.sums + c);
+}
+#endif
+
 // A panel of rows and a run of strips.
 template <class Op>
 static void weigh_panel(const Call& call, const View& view, const Weighing<Op>& w, int64_t panel_rows,
                         const Strip* strips, int64_t count) {
     const Packed& packed = call.packed[w.operand];
+#ifdef SPARSEREEL_HAS_TILES
+    if constexpr (Op::TILES) return weigh_tiles(w, view.packed[w.operand], packed, panel_rows, strips, count);
+#endif
     Split groups = Split::of(panel_rows, ROWS), parts = Split::of(packed.padded / STRIP, COLUMNS);
     for (int64_t c = 0; c < parts.parts; c++) {
         int64_t column = Split::first_of(parts, c), n = Split::first_of(parts, c + 1) - column;
