@@ -245,7 +245,7 @@ def test_a_query_that_an_intersection_leaves_alone_sees_itself():
 @pytest.mark.parametrize(
     "pattern", [patterns.Diagonal(10**15), patterns.MultiDiagonal(10**15), patterns.Spatial(10**15)]
 )
-def test_widths_beyond_the_grid_are_the_grid(pattern):
-    grid = TokenGrid(3, 4, 5, 9)
+def test_widths_beyond_the_grid_are_the_grid(make):
+    grid, pattern = TokenGrid(3, 4, 5, 9), make(10**15)
     assert pattern.token_mask(grid).all()
     assert pattern.block_mask(grid, (8, 8)).token_density == 1
