@@ -5,7 +5,8 @@
     layers[1].at(step=7, total=50)            # one pattern a head
 
 Layers and steps that a plan does not name are full. Geometry is in frames, rows and columns or fractions of the grid,
-never in blocks, so one plan serves many sizes. plan_parse.py reads plans from plain data, plan_file.py from files.
+never in blocks, so one plan serves many sizes. plan_parse.py reads plans from plain data, plan_file.py from files;
+both are imported when used, since they need PyYAML and `import sparsereel` does not.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from sparsereel import plan_file
 from sparsereel.patterns import AllOf, AnyOf, Full, KeepSinks, Pattern, Skip
 from sparsereel.plan_entries import (
     Choice,
@@ -94,6 +94,7 @@ class AttentionPlan:
         Raises:
             ValueError: one sentence naming the file, the line, the key and what is allowed.
         """
+        from sparsereel import plan_file
         from sparsereel.plan_parse import parse_plan
 
         return parse_plan(*plan_file.read(path))
@@ -105,6 +106,7 @@ class AttentionPlan:
         Raises:
             ValueError: one sentence naming the key and what is allowed.
         """
+        from sparsereel import plan_file
         from sparsereel.plan_parse import parse_plan
 
         return parse_plan(data, plan_file.Source())
@@ -121,6 +123,8 @@ class AttentionPlan:
 
     def to_yaml(self) -> str:
         """The plan as YAML text."""
+        from sparsereel import plan_file
+
         return plan_file.to_yaml(self.to_dict())
 
     def save(self, path: str | Path) -> None:
@@ -129,6 +133,8 @@ class AttentionPlan:
         Raises:
             OSError: the folder is missing or not writable, the disk is full.
         """
+        from sparsereel import plan_file
+
         plan_file.write(path, self.to_dict())
 
     def with_schedule(self, **changes: Any) -> AttentionPlan:
