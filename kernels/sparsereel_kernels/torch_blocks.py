@@ -12,6 +12,7 @@ a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from .gathered import Group, Workspace, compute_dtype, from_blocks, to_blocks
 from .layout import empty_like_query, full_precision
 from .modifiers import KeyBias, Modifier, reduce_to_bias
-from .visits import Chunk, chunks, dense_visits, visits_of
+from .visits import Chunk, Visits, chunks, dense_visits, visits_of
 
 if TYPE_CHECKING:
     from .block_mask import BlockMask
@@ -30,8 +31,10 @@ GROUPS = 4
 DENSE_BLOCK = (256, 128)
 # Pairs of tokens in a chunk: large enough to keep Python out of the way, small enough for the last-level cache.
 CPU_PAIRS, DEVICE_PAIRS = 1 << 20, 1 << 24
-SMALLEST_CHUNK = 1 << 17
-PAIR_BYTES = 16
+SMALLEST_CHUNK = 1 << 18
+# Bytes that a pair of a chunk needs, at most; chunks may take this share of the memory of q, k and v.
+FORWARD_BYTES, FORWARD_SHARE = 16, 1.0
+BACKWARD_BYTES, BACKWARD_SHARE = 24, 0.4
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
@@ -54,14 +57,11 @@ def forward(
     Returns:
         out [B, H, Sq, Dv] in q's dtype and memory order; lse [B, H, Sq] in fp32 (fp64 for fp64).
     """
+    call = Call(q, k, v, _visits(q, k, mask), scale, key_lengths, modifier)
     out = empty_like_query(q, v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=full_precision(q.dtype))
-    pairs = _pairs_at_once(q, k, v)
-    for group in _groups(q, k, v, mask, scale, key_lengths, modifier):
-        group_out, group_lse = _forward_group(group, pairs)
-        where = (group.sample, slice(group.heads.start, group.heads.stop))
-        out[where] = from_blocks(group_out, len(group.heads), q.shape[2], v.shape[3]).to(q.dtype)
-        lse[where] = group_lse.view(len(group.heads), -1)[:, : q.shape[2]]
+    for sample, kv_heads in call.parts():
+        _forward_part(call, sample, kv_heads, out, lse)
     return out, lse
 
 
@@ -84,89 +84,112 @@ def backward(
     Returns:
         (dq, dk, dv) in the dtypes and memory orders of q, k and v, and the gradient of KeyBias.bias or None.
     """
+    call = Call(q, k, v, _visits(q, k, mask), scale, key_lengths, modifier)
+    bias = modifier.bias if isinstance(modifier, KeyBias) else None
     dq, dk, dv = (empty_like_query(x, x.shape[3]) for x in (q, k, v))
-    dbias = None
-    if isinstance(modifier, KeyBias):
-        dbias = torch.zeros(*q.shape[:2], k.shape[2], dtype=full_precision(q.dtype), device=q.device)
-    pairs = _pairs_at_once(q, k, v) // 2
-    for group in _groups(q, k, v, mask, scale, key_lengths, modifier):
-        heads = (group.sample, slice(group.heads.start, group.heads.stop))
-        kv_heads = (group.sample, slice(group.kv_heads.start, group.kv_heads.stop))
-        sums = GroupGradients(
-            group, grad_out[heads], None if grad_lse is None else grad_lse[heads], out[heads], lse[heads]
+    dbias = None if bias is None else q.new_zeros(*q.shape[:2], k.shape[2], dtype=full_precision(q.dtype))
+    found = Gradients(dq, dk, dv, dbias)
+    for sample, kv_heads in call.parts():
+        _backward_part(call, sample, kv_heads, (grad_out, grad_lse, out, lse), found)
+    if bias is not None and dbias is not None:
+        dbias = reduce_to_bias(dbias, bias).to(bias.dtype)
+    return dq, dk, dv, dbias
+
+
+def _visits(q: Tensor, k: Tensor, mask: BlockMask | None) -> Visits:
+    """The lists to walk; with no tokens or heads on one side, those of rows that visit nothing."""
+    if 0 in (*q.shape[:3], k.shape[2]):
+        return dense_visits((q.shape[2], 0), DENSE_BLOCK, q.device)
+    return dense_visits((q.shape[2], k.shape[2]), DENSE_BLOCK, q.device) if mask is None else visits_of(mask)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The arguments of one call, and its cut into groups of heads."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    visits: Visits
+    scale: float
+    key_lengths: Tensor | None
+    modifier: Modifier | None
+    workspace: Workspace = field(init=False)
+    dtype: torch.dtype = field(init=False)
+    limits: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        keys, lengths = self.k.shape[2], self.key_lengths
+        limits = [keys] * self.q.shape[0] if lengths is None else lengths.clamp(0, keys).tolist()
+        object.__setattr__(self, "workspace", Workspace(self.q.device))
+        object.__setattr__(self, "dtype", compute_dtype(self.q.dtype, self.q.device))
+        object.__setattr__(self, "limits", limits)
+
+    def parts(self) -> Iterator[tuple[int, range]]:
+        """(sample, key heads) of every group."""
+        kv_heads = self.k.shape[1]
+        step = -(-kv_heads // GROUPS)
+        for sample in range(self.q.shape[0]):
+            for first in range(0, kv_heads, step):
+                yield sample, range(first, min(first + step, kv_heads))
+
+    def query_heads(self, kv_heads: range) -> range:
+        """The query heads that share these key heads."""
+        shared = self.q.shape[1] // self.k.shape[1]
+        return range(kv_heads.start * shared, kv_heads.stop * shared)
+
+    def group(self, sample: int, kv_heads: range) -> Group:
+        """Blocks of one group's heads."""
+        heads, (block_q, block_k) = self.query_heads(kv_heads), self.visits.block
+        return Group(
+            visits=self.visits,
+            workspace=self.workspace,
+            sample=sample,
+            heads=heads,
+            kv_heads=kv_heads,
+            q=to_blocks(self.q[sample, heads.start : heads.stop], block_q, self.dtype),
+            k=to_blocks(self.k[sample, kv_heads.start : kv_heads.stop], block_k, self.dtype),
+            v=to_blocks(self.v[sample, kv_heads.start : kv_heads.stop], block_k, self.dtype),
+            scale=self.scale,
+            length=self.limits[sample],
+            kv_len=self.k.shape[2],
+            modifier=self.modifier,
+            features=self.q.shape[3],
+            v_features=self.v.shape[3],
         )
-        for stretches in chunks(group.visits, group.sample, group.heads, pairs):
-            sums.add_rows(stretches)
-        dq[heads] = from_blocks(sums.dq, len(group.heads), q.shape[2], q.shape[3]).to(q.dtype)
-        dk[kv_heads] = from_blocks(sums.dk, len(group.kv_heads), k.shape[2], k.shape[3]).to(k.dtype)
-        dv[kv_heads] = from_blocks(sums.dv, len(group.kv_heads), v.shape[2], v.shape[3]).to(v.dtype)
-        if dbias is not None:
-            dbias[heads] = sums.dbias.view(len(group.heads), -1)[:, : k.shape[2]]
-    if dbias is None or not isinstance(modifier, KeyBias):
-        return dq, dk, dv, None
-    return dq, dk, dv, reduce_to_bias(dbias, modifier.bias).to(modifier.bias.dtype)
 
-
-def _pairs_at_once(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """Pairs in a chunk: what is fast here, but no more memory than half of q, k and v."""
-    fast = CPU_PAIRS if q.device.type == "cpu" else DEVICE_PAIRS
-    return max(SMALLEST_CHUNK, min(fast, (q.nbytes + k.nbytes + v.nbytes) // (2 * PAIR_BYTES)))
-
-
-def _groups(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask | None,
-    scale: float,
-    key_lengths: Tensor | None,
-    modifier: Modifier | None,
-) -> Iterator[Group]:
-    lengths = (q.shape[2], k.shape[2])
-    visits = dense_visits(lengths, DENSE_BLOCK, q.device) if mask is None else visits_of(mask)
-    if 0 in (*lengths, q.shape[0], q.shape[1]):
-        visits = dense_visits((lengths[0], 0), visits.block, q.device)
-    dtype, workspace = compute_dtype(q.dtype, q.device), Workspace(q.device)
-    limits = [k.shape[2]] * q.shape[0] if key_lengths is None else key_lengths.clamp(0, k.shape[2]).tolist()
-    shared, step = q.shape[1] // k.shape[1], -(-k.shape[1] // GROUPS)
-    for sample in range(q.shape[0]):
-        for first in range(0, k.shape[1], step):
-            kv_heads = range(first, min(first + step, k.shape[1]))
-            heads = range(kv_heads.start * shared, kv_heads.stop * shared)
-            yield Group(
-                visits=visits,
-                workspace=workspace,
-                sample=sample,
-                heads=heads,
-                kv_heads=kv_heads,
-                q=to_blocks(q[sample, heads.start : heads.stop], visits.block[0], dtype),
-                k=to_blocks(k[sample, kv_heads.start : kv_heads.stop], visits.block[1], dtype),
-                v=to_blocks(v[sample, kv_heads.start : kv_heads.stop], visits.block[1], dtype),
-                scale=scale,
-                length=limits[sample],
-                kv_len=k.shape[2],
-                modifier=modifier,
-                features=q.shape[3],
-                v_features=v.shape[3],
-            )
+    def pairs_at_once(self, pair_bytes: int, share: float) -> int:
+        """Pairs in a chunk: what is fast here, but no more memory than a share of that of q, k and v."""
+        fast = CPU_PAIRS if self.q.device.type == "cpu" else DEVICE_PAIRS
+        size = self.q.nbytes + self.k.nbytes + self.v.nbytes
+        return max(SMALLEST_CHUNK, min(fast, int(share * size / pair_bytes)))
 
 
 # ---------------------------------------------------------------- forward
 
 
-def _forward_group(group: Group, pairs: int) -> tuple[Tensor, Tensor]:
-    """[rows, BQ * Dv] and [rows, BQ] of a group; rows that visit nothing stay 0 and -inf."""
-    block_q = group.visits.block[0]
-    out = torch.zeros(group.q.shape[0], block_q * group.v_features, dtype=group.q.dtype, device=group.q.device)
-    lse = torch.full((group.q.shape[0], block_q), -torch.inf, dtype=group.wide, device=group.q.device)
-    for stretches in chunks(group.visits, group.sample, group.heads, pairs):
-        rows = stretches[0].rows
-        q = group.rows_of(group.q, rows, group.features, "q")
-        chunk_out, chunk_lse = _attend(group, stretches[0], q)
-        for stretch in stretches[1:]:
-            chunk_out, chunk_lse = _merge(chunk_out.to(group.wide), chunk_lse, *_attend(group, stretch, q))
-        out.index_copy_(0, rows, chunk_out.to(out.dtype).flatten(1))
-        lse.index_copy_(0, rows, chunk_lse)
+def _forward_part(call: Call, sample: int, kv_heads: range, out: Tensor, lse: Tensor) -> None:
+    """Write out and lse of one group's heads; rows that visit nothing get 0 and -inf."""
+    group = call.group(sample, kv_heads)
+    block_q, rows = group.visits.block[0], group.q.shape[0]
+    out_blocks = torch.zeros(rows, block_q * group.v_features, dtype=group.q.dtype, device=group.q.device)
+    lse_blocks = torch.full((rows, block_q), -torch.inf, dtype=group.wide, device=group.q.device)
+    for stretches in chunks(group.visits, sample, group.heads, call.pairs_at_once(FORWARD_BYTES, FORWARD_SHARE)):
+        rows_of_chunk = stretches[0].rows
+        chunk_out, chunk_lse = _attend_row(group, stretches)
+        out_blocks.index_copy_(0, rows_of_chunk, chunk_out.to(out_blocks.dtype).flatten(1))
+        lse_blocks.index_copy_(0, rows_of_chunk, chunk_lse)
+    heads = slice(group.heads.start, group.heads.stop)
+    out[sample, heads] = from_blocks(out_blocks, len(group.heads), out.shape[2], out.shape[3])
+    lse[sample, heads] = lse_blocks.view(len(group.heads), -1)[:, : lse.shape[2]]
+
+
+def _attend_row(group: Group, stretches: list[Chunk]) -> tuple[Tensor, Tensor]:
+    """out [n, BQ, Dv] and lse [n, BQ] of a chunk's rows over all stretches of their lists."""
+    q = group.rows_of(group.q, stretches[0].rows, group.features, "q")
+    out, lse = _attend(group, stretches[0], q)
+    for stretch in stretches[1:]:
+        out, lse = _merge(out.to(group.wide), lse, *_attend(group, stretch, q))
     return out, lse
 
 
@@ -177,7 +200,7 @@ def _attend(group: Group, chunk: Chunk, q: Tensor) -> tuple[Tensor, Tensor]:
     p, lse, empty = group.probabilities(group.scores(chunk, q, k)[0])
     v = group.keys_of(group.v, ids, q.shape[0], group.v_features, "keys")
     out = torch.bmm(group.narrow(p, "narrow"), v)
-    return out.mul_(~empty.unsqueeze(-1)), lse
+    return out.mul_(group.seen(empty, out.dtype)), lse
 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,6 +212,37 @@ def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[
 
 
 # ---------------------------------------------------------------- backward
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """What backward fills: like q, k and v, and [B, H, Skv] sums for the bias."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor | None
+
+
+def _backward_part(
+    call: Call, sample: int, kv_heads: range, given: tuple[Tensor, Tensor | None, Tensor, Tensor], found: Gradients
+) -> None:
+    """Write the gradients of one group's heads; `given` is (grad_out, grad_lse, out, lse)."""
+    group = call.group(sample, kv_heads)
+    heads, shared = (sample, slice(group.heads.start, group.heads.stop)), (sample, slice(kv_heads.start, kv_heads.stop))
+    grad_out, grad_lse, out, lse = given
+    sums = GroupGradients(group, grad_out[heads], None if grad_lse is None else grad_lse[heads], out[heads], lse[heads])
+    for stretches in chunks(group.visits, sample, group.heads, call.pairs_at_once(BACKWARD_BYTES, BACKWARD_SHARE)):
+        sums.add_rows(stretches)
+    for target, where, blocks in (
+        (found.dq, heads, sums.dq),
+        (found.dk, shared, sums.dk),
+        (found.dv, shared, sums.dv),
+    ):
+        part = target[where]
+        part.copy_(from_blocks(blocks, part.shape[0], part.shape[1], part.shape[2]))
+    if found.dbias is not None:
+        found.dbias[heads] = sums.dbias.view(len(group.heads), -1)[:, : call.k.shape[2]]
 
 
 class GroupGradients:
@@ -203,7 +257,9 @@ class GroupGradients:
         row_sum = (grad_out.to(group.wide) * out).sum(-1)
         row_sum = row_sum if grad_lse is None else row_sum - grad_lse
         self.row_sum = to_blocks(row_sum.unsqueeze(-1), block_q, group.wide)
-        self.dq, self.dk, self.dv = (torch.zeros_like(x, dtype=group.wide) for x in (group.q, group.k, group.v))
+        # A chunk holds all of its rows' lists: dq is complete at once, dk and dv are summed over chunks.
+        self.dq = torch.zeros_like(group.q)
+        self.dk, self.dv = torch.zeros_like(group.k, dtype=group.wide), torch.zeros_like(group.v, dtype=group.wide)
         bias_rows = len(group.heads) * group.k_blocks if isinstance(group.modifier, KeyBias) else 0
         self.dbias = torch.zeros(bias_rows, block_k, dtype=group.wide, device=group.q.device)
 
@@ -215,25 +271,26 @@ class GroupGradients:
         dq: Tensor | None = None
         for stretch in stretches:
             part = self._add_stretch(stretch, q, grad_out)
-            dq = part.to(group.wide) if dq is None else dq.add_(part)
+            dq = part if dq is None else dq.to(group.wide).add_(part)
         assert dq is not None
-        self.dq.index_copy_(0, rows, dq.flatten(1))
+        self.dq.index_copy_(0, rows, dq.flatten(1).to(self.dq.dtype))
 
     def _add_stretch(self, chunk: Chunk, q: Tensor, grad_out: Tensor) -> Tensor:
         """Add to dk, dv and dbias; returns dq [n, BQ, D] of these rows."""
         group, rows = self.group, chunk.rows
         ids = group.key_ids(chunk)
         k = group.keys_of(group.k, ids, rows.shape[0], group.features, "keys")
-        s, factor = group.scores(chunk, q, k)
+        s, factor = group.scores(chunk, q, k, keep_factor=True)
         p, lse, empty = group.probabilities(s)
-        p.mul_(self._share(chunk, lse, empty))
+        if not chunk.only or bool(empty.any()):
+            p.mul_(self._share(chunk, lse, empty))
         v = group.keys_of(group.v, ids, rows.shape[0], group.v_features, "values")
         narrow_p = group.narrow(p, "narrow")
         self._add_blocks(self.dv, ids, torch.bmm(narrow_p.transpose(1, 2), grad_out))
         ds = self._score_gradient(chunk, p, grad_out, v)
         if self.dbias.numel():
             self.dbias.index_add_(0, group.bias_ids(chunk), ds.sum(1).view(-1, group.visits.block[1]))
-        ds = ds.mul_(factor) if factor is not None else ds
+        ds = ds if factor is None else ds.mul_(factor)
         narrow_ds = group.narrow(ds, "narrow")
         self._add_blocks(self.dk, ids, torch.bmm(narrow_ds.transpose(1, 2), q).mul_(group.scale))
         return torch.bmm(narrow_ds, k).mul_(group.scale)
@@ -241,7 +298,7 @@ class GroupGradients:
     def _share(self, chunk: Chunk, lse: Tensor, empty: Tensor) -> Tensor:
         """[n, BQ, 1] factor from the stretch's softmax to the row's: 0 for rows that see nothing here."""
         if chunk.only:
-            return (~empty).to(lse.dtype).unsqueeze(-1)
+            return self.group.seen(empty, lse.dtype)
         row_lse = self.lse.index_select(0, chunk.rows)
         return torch.exp(lse - row_lse.masked_fill(row_lse == -torch.inf, 0.0)).unsqueeze(-1)
 

@@ -133,7 +133,7 @@ def test_torch_merges_stretches_of_long_rows(monkeypatch, modifier, pairs):
     """With room for one block at a time every row is taken in stretches, as rows of very long sequences are."""
     from sparsereel_kernels import torch_blocks
 
-    monkeypatch.setattr(torch_blocks, "_pairs_at_once", lambda q, k, v: pairs)
+    monkeypatch.setattr(torch_blocks.Call, "pairs_at_once", lambda *_: pairs)
     q, k, v = make_qkv(111, 200, batch=2, heads=2, kv_heads=1, head_dim=16)
     made = {None: None, "decay": frame_decay(111, 200), "bias": key_bias(2, 200)}[modifier]
     mask = random_block_mask(111, 200, block=(32, 16), heads=2, empty_rows=True)

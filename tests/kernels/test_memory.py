@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
+import torch
 
-PROGRAM = """
-import sys, torch
-from sparsereel_kernels.memory import peak_extra_bytes
 from sparsereel_kernels import torch_blocks
+from sparsereel_kernels.memory import peak_extra_bytes
 from sparsereel_kernels.testing import make_qkv, random_block_mask
 
-torch.set_num_threads(2)
-dtype, layout = getattr(torch, sys.argv[1]), sys.argv[2]
-q, k, v = make_qkv(16_384, heads=4, dtype=dtype, layout=layout)
-mask = random_block_mask(16_384, density=0.1, partial_share=0.2)
-small = make_qkv(256, dtype=dtype)
-torch_blocks.forward(*small, None, 0.1)
-out, lse = torch_blocks.forward(q, k, v, mask, 0.125)
-del out, lse
-size = q.nbytes + k.nbytes + v.nbytes
-forward = peak_extra_bytes(lambda: torch_blocks.forward(q, k, v, mask, 0.125))
-out, lse = torch_blocks.forward(q, k, v, mask, 0.125)
-backward = peak_extra_bytes(lambda: torch_blocks.backward(out, None, q, k, v, out, lse, mask, 0.125))
-print(forward / size, backward / size)
-"""
+TOKENS = 16_384
 
 
+@pytest.fixture
+def _plain_memory():
+    """Filling memory with NaN touches all of it, also what a call never writes."""
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_plain_memory")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize(("dtype", "layout"), [("float32", "bhsd"), ("bfloat16", "bshd")])
+@pytest.mark.parametrize(
+    ("dtype", "layout"), [(torch.float32, "bhsd"), (torch.bfloat16, "bhsd"), (torch.bfloat16, "bshd")], ids=str
+)
 def test_peak_is_below_three_times_the_inputs(dtype, layout):
-    """In a process of its own whose freed memory goes back at once, so that the peak is what was in use."""
-    environment = {"OMP_NUM_THREADS": "2", "MALLOC_MMAP_THRESHOLD_": "65536", "PATH": "/usr/bin:/bin"}
-    command = [sys.executable, "-c", PROGRAM, dtype, layout]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    forward, backward = map(float, result.stdout.split())
-    assert forward < 3, f"forward takes {forward:.2f} times q, k and v"
-    assert backward < 3, f"backward takes {backward:.2f} times q, k and v"
+    q, k, v = make_qkv(TOKENS, heads=4, dtype=dtype, layout=layout)
+    mask = random_block_mask(TOKENS, density=0.08, partial_share=0.2)
+    size = q.nbytes + k.nbytes + v.nbytes
+    out, lse = torch_blocks.forward(q, k, v, mask, 0.125)
+    forward = peak_extra_bytes(lambda: torch_blocks.forward(q, k, v, mask, 0.125))
+    assert out.nbytes <= forward < 3 * size, f"forward takes {forward / size:.2f} times q, k and v"
+    backward = peak_extra_bytes(lambda: torch_blocks.backward(out, None, q, k, v, out, lse, mask, 0.125))
+    assert size <= backward < 3 * size, f"backward takes {backward / size:.2f} times q, k and v"
+
+
+def test_the_measure_sees_what_is_allocated():
+    taken = peak_extra_bytes(lambda: torch.zeros(64 << 20, dtype=torch.uint8))
+    assert 0.9 * (64 << 20) < taken < 1.2 * (64 << 20)
