@@ -95,4 +95,4 @@ def _odd_size(name: str, value: object) -> Size:
 if __name__ == "__main__":
     from sparsereel.patterns.draw import main
 
-    main(SlidingTile(window=(1, 3, 3), tile=(2, 4, 4)), tile_order=True)
+    main(SlidingTile(window=(3, 3, 1), tile=(2, 2, 4)), tile_order=True)
