@@ -11,10 +11,12 @@ share counts only pairs that the mask allows, so that masks that waste half of t
 Every figure is the median of runs that alternate between the contenders. Nothing is timed before every backend has
 matched the fp64 definition on a small problem. Sample output (columns shortened):
 
-    1 x 4 x 16384 x 64 bfloat16, random, 2 threads of an AMD EPYC, torch 2.14.1
-    density  tokens  backend     ms  speed-up  share  share (tokens)  extra memory
-       1.00    1.00  dense     2380      1.0x   1.00            1.00
-       0.20    0.15  torch      330      7.2x   1.44            1.08          0.9x
+    1 × 4 × 16384 × 64 bfloat16, random, forward; 2 threads of AMD EPYC, torch 2.14.1
+    density  tokens  backend    ms  speed-up  share  share (tokens)  memory / (q+k+v)
+      1.000   1.000  dense    1523     1.00×   1.00            1.00
+      0.199   0.180  cpu        72    21.14×   4.21            3.80
+      0.199   0.180  flex      692     2.20×   0.44            0.40
+      0.199   0.180  torch     212     7.18×   1.43            1.29             1.01×
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 GATE_TOKENS = 300
 FRAME = 32
 WINDOW = (5, 11, 11)
+WIDTH = 110
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Row = dict[str, Any]
 
@@ -188,7 +191,7 @@ def row(name: str, mask: BlockMask, taken: list[float], dense: float) -> Row:
         "density": density,
         "token_density": token_density,
         "seconds_median": median,
-        "seconds": taken,
+        "seconds": [round(t, 6) for t in taken],
         "speedup": dense / median,
         "share_of_ideal": dense / median * density,
         "share_of_ideal_tokens": dense / median * token_density,
@@ -220,7 +223,7 @@ def show(header: Row, rows: list[Row], refused: dict[str, list[str]]) -> None:
     kind = "forward and backward" if header["backward"] else "forward"
     machine = f"{header['threads']} threads of {header['device']}, torch {header['torch']}"
     table = Table(title=f"{shape} {header['dtype']}, {header['pattern']}, {kind}; {machine}", title_justify="left")
-    for column in ("density", "tokens", "backend", "ms", "speed-up", "share", "share (tokens)", "extra memory"):
+    for column in ("density", "tokens", "backend", "ms", "speed-up", "share", "share (tokens)", "memory / (q+k+v)"):
         table.add_column(column, justify="left" if column == "backend" else "right")
     for line in rows:
         table.add_row(
@@ -231,10 +234,10 @@ def show(header: Row, rows: list[Row], refused: dict[str, list[str]]) -> None:
             f"{line['speedup']:.2f}×",
             f"{line['share_of_ideal']:.2f}",
             f"{line['share_of_ideal_tokens']:.2f}",
-            f"{line['peak_extra_of_qkv']:.2f}× q+k+v" if "peak_extra_of_qkv" in line else "",
+            f"{line['peak_extra_of_qkv']:.2f}×" if "peak_extra_of_qkv" in line else "",
             end_section=line is rows[-1] or rows[rows.index(line) + 1]["backend"] == "dense",
         )
-    console = Console()
+    console = Console(width=WIDTH)
     console.print(table)
     for name, reasons in refused.items():
         console.print(f"{name} was left out: {'; '.join(reasons)}")

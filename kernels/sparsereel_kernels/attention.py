@@ -93,7 +93,10 @@ def sparse_attention(
     Raises:
         ValueError: shapes, dtypes or devices disagree (both values are in the text).
         BackendUnavailable: the named backend (or, for "auto", every backend) cannot run; the text lists the reasons.
+
+    Under torch.autocast q, k and v are cast first, as for torch's own attention.
     """
+    q, k, v = _as_autocast_wants(q, k, v)
     checks.check_inputs(q, k, v, key_lengths, modifier)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     wants = run.Wants(return_lse, _needs_gradients(q, k, v, modifier))
@@ -105,6 +108,14 @@ def sparse_attention(
             checks.check_mask(found, q, k)
         out, lse = run.forward(q, k, v, found, scale, key_lengths, modifier, backend, wants)
     return (out, lse) if return_lse else out
+
+
+def _as_autocast_wants(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast q, k and v in its dtype, as torch's own attention takes them: rotary tables often leave fp32."""
+    if not isinstance(q, Tensor) or q.dtype == torch.float64 or not torch.is_autocast_enabled(q.device.type):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def _needs_gradients(q: Tensor, k: Tensor, v: Tensor, modifier: Modifier | None) -> bool:

@@ -51,6 +51,8 @@ def _evaluate(
     device = places[0].device
     rows, columns = torch.arange(block[0], device=device), torch.arange(block[1], device=device)
     tiles = [torch.zeros(0, block[0], block[1] // 8, dtype=torch.uint8, device=device)]
+    if places[0].shape[0] == 0:
+        return tiles[0]
     for part in torch.arange(places[0].shape[0], device=device).split(max(1, PAIRS_AT_ONCE // (block[0] * block[1]))):
         batch, head, i, j = (x[part] for x in places)
         q_index, k_index = i[:, None] * block[0] + rows, j[:, None] * block[1] + columns

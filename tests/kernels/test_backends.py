@@ -58,6 +58,15 @@ def test_batches_groups_and_masks_of_their_own(backend, dtype, batch, heads, kv_
     compare(backend, q, k, v, mask)
 
 
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(12, 12), (10, 5), (18, 6)])
+def test_many_heads(backend, heads, kv_heads):
+    """More key heads than the torch backend takes at once, in groups that do not divide evenly."""
+    q, k, v = make_qkv(70, 90, heads=heads, kv_heads=kv_heads, head_dim=16)
+    mask = random_block_mask(70, 90, block=(32, 16), heads=heads)
+    compare(backend, q, k, v, mask, modifier=key_bias(1, heads, 90))
+
+
 @pytest.mark.parametrize("backend", ["reference", *FAST])
 @pytest.mark.parametrize("lengths", [None, [90, 33], [0, 90]], ids=str)
 @pytest.mark.parametrize("modifier", ["none", "decay", "bias", "bias_batch", "bias_heads"])

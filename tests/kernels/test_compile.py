@@ -177,6 +177,21 @@ def test_backward_uses_the_mask_of_forward(compiled):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_backward_needs_neither_the_mask_nor_the_name_that_forward_got(compiled):
+    """A copy of a name owns nothing and may be overwritten; what forward used is kept by what forward returned."""
+    q, k, v = (x.requires_grad_() for x in make_qkv(70, head_dim=16))
+    first, second = masks(2)
+    expected = torch.autograd.grad(sparse_attention(q, k, v, first).square().sum(), (q, k, v))
+    run = torch.compile(sparse_attention, backend="aot_eager", fullgraph=True) if compiled else sparse_attention
+    name = first.name.clone()
+    out = run(q, k, v, name)
+    name.copy_(second.name)
+    del first
+    forget_recent_masks()
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), (q, k, v)), expected)
+
+
 def forget_recent_masks():
     from sparsereel_kernels import registry
 
@@ -265,3 +280,18 @@ def test_names_lie_on_the_cpu_and_serve_training_wherever_they_were_made():
     q, k, v = (x.requires_grad_() for x in make_qkv(70, head_dim=16))
     for run in (sparse_attention, torch.compile(sparse_attention, backend="aot_eager", fullgraph=True)):
         run(q, k, v, mask, backend="torch").sum().backward()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_casts_as_torch_attention_does(compiled):
+    q, k, v = (x.requires_grad_() for x in make_qkv(70, head_dim=16))
+    (mask,) = masks(1)
+    run = torch.compile(sparse_attention, backend="aot_eager", fullgraph=True) if compiled else sparse_attention
+    with torch.autocast("cpu", torch.bfloat16):
+        out = run(q, k, v.bfloat16(), mask, backend="torch")
+    expected = sparse_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask, backend="torch")
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected)
+    out.float().sum().backward()
+    assert q.grad is not None
+    assert q.grad.dtype == torch.float32

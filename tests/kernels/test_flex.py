@@ -35,6 +35,14 @@ def test_from_flex_evaluates_the_mask_function():
         assert torch.equal(BlockMask.from_flex(theirs).to_dense(), dense)
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_masks_without_partial_blocks_go_both_ways(allowed):
+    dense = torch.full((1, 1, 100, 70), allowed)
+    mask = BlockMask.from_dense(dense, BLOCK)
+    assert not mask.has_partial
+    assert torch.equal(BlockMask.from_flex(mask.to_flex()).to_dense(), dense)
+
+
 def test_from_flex_refuses_other_blocks():
     theirs = torch_flex.create_block_mask(near, 1, 1, 100, 70, device="cpu", BLOCK_SIZE=(10, 16))
     with pytest.raises(ValueError, match=r"multiple of 8 from 8 to 1024, got \(10, 16\)"):
