@@ -41,35 +41,50 @@ static void copy_rows(const SparsereelView& view, int64_t dtype, int64_t batch, 
     }
 }
 
-// Words of 32 bits (a float, or a bf16 pair): to[w * 16 + t] = from[t * words + w] for 16 tokens.
-static void transpose_strip(const float* from, int64_t words, float* to) {
-    int64_t w = 0;
+// Words of 32 bits (a float, or a bf16 pair): to[w * 16 + t] = word w of row t. Rows from `rows` on, and words past the
+// first `bytes` bytes of a row, are 0.
+static void transpose_strip(const char* from, int64_t row_bytes, int64_t rows, int64_t bytes, int64_t words, float* to) {
+    int64_t done = 0;
 #ifdef SPARSEREEL_FAST_TRANSPOSE
-    for (; w + STRIP <= words; w += STRIP) transpose16(from + w, words, to + w * STRIP);
+    for (; 4 * done < bytes; done += STRIP)
+        transpose16(from + 4 * done, row_bytes, rows, bytes - 4 * done, to + done * STRIP);
+    done = (bytes + 3) / 4;
+#else
+    for (; 4 * done + 4 <= bytes; done++)
+        for (int64_t t = 0; t < STRIP; t++) {
+            float word = 0.f;
+            if (t < rows) __builtin_memcpy(&word, from + t * row_bytes + 4 * done, 4);
+            to[done * STRIP + t] = word;
+        }
 #endif
-    for (; w < words; w++)
-        for (int64_t t = 0; t < STRIP; t++) to[w * STRIP + t] = from[t * words + w];
+    for (int64_t i = done * STRIP; i < words * STRIP; i++) to[i] = 0.f;
 }
 
-// to[i] = (a[i], b[i])
-static void interleave(const uint16_t* a, const uint16_t* b, int64_t n, uint16_t* to) {
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t both = (uint32_t)a[i] | (uint32_t)b[i] << 16;
-        __builtin_memcpy(to + 2 * i, &both, 4);
-    }
-}
-
-// One strip from 16 rows of `padded` operands.
+// One strip from `count` tokens, the first at `from`.
 template <class Op>
-static void pack_strip(const Packed& p, const typename Op::Elem* rows, typename Op::Elem* to) {
+static void pack_strip(const Packed& p, int64_t dtype, const char* from, int64_t token_bytes, int64_t count, char* to) {
+    typedef typename Op::Elem Elem;
+    constexpr int64_t size = (int64_t)sizeof(Elem);
     if (p.transposed) {
-        transpose_strip((const float*)rows, p.padded / Op::PAIR, (float*)to);
+        alignas(64) Elem rows[STRIP * MAX_DIM];
+        int64_t row_bytes = token_bytes;
+        if (Op::PAIR == 1 && dtype != SPARSEREEL_FLOAT32) {
+            for (int64_t t = 0; t < count; t++)
+                copy_token<Op>(from + t * token_bytes, dtype, p.features, p.features, rows + t * p.features);
+            from = (const char*)rows;
+            row_bytes = p.features * size;
+        }
+        transpose_strip(from, row_bytes, count, p.features * size, p.padded / Op::PAIR, (float*)to);
     } else if (Op::PAIR == 1) {
-        __builtin_memcpy(to, rows, (size_t)(STRIP * p.padded) * sizeof(*to));
+        for (int64_t t = 0; t < count; t++)
+            copy_token<Op>(from + t * token_bytes, dtype, p.features, p.padded, (Elem*)to + t * p.padded);
+        __builtin_memset(to + count * p.padded * size, 0, (size_t)((STRIP - count) * p.padded * size));
     } else {
+#ifdef SPARSEREEL_HAS_PAIRS
         for (int64_t t = 0; t < STRIP; t += 2)
-            interleave((const uint16_t*)rows + t * p.padded, (const uint16_t*)rows + (t + 1) * p.padded, p.padded,
-                       (uint16_t*)to + t * p.padded);
+            interleave(from + t * token_bytes, t + 1 < count ? from + (t + 1) * token_bytes : nullptr,
+                       t < count ? p.features : 0, p.padded, (uint16_t*)to + t * p.padded);
+#endif
     }
 }
 
@@ -85,7 +100,6 @@ INLINE int64_t column_limit(const Call& call, int64_t batch) {
 // Every strip of one block. Tokens past the key length count as 0, so that padding never reaches a result.
 template <class Op>
 static void pack_block(const Call& call, int64_t batch, int64_t head, int64_t block, int64_t place) {
-    alignas(64) typename Op::Elem rows[STRIP * MAX_DIM];
     int64_t limit = column_limit(call, batch), dtype = call.args->dtype;
     for (int64_t i = 0; i < call.strips_per_block; i++) {
         int64_t token = block * call.column_block + i * STRIP, end = (block + 1) * call.column_block;
@@ -93,10 +107,12 @@ static void pack_block(const Call& call, int64_t batch, int64_t head, int64_t bl
         count = count < 0 ? 0 : count < STRIP ? count : STRIP;
         for (int64_t o = 0; o < call.operands; o++) {
             const Packed& p = call.packed[o];
-            copy_rows<Op>(p.view, dtype, batch, head, token, count, p.features, p.padded, rows);
-            for (int64_t e = count * p.padded; e < STRIP * p.padded; e++) rows[e] = 0;
-            char* to = p.data + (place * call.strips_per_block + i) * p.bytes;
-            pack_strip<Op>(p, rows, (typename Op::Elem*)to);
+            const char* from = token_of(p.view, dtype, batch, head, token);
+            const int64_t token_bytes = p.view.token * size_of(dtype);
+            for (int64_t t = STRIP; t < 2 * STRIP && token + t < limit; t++)
+                fetch(from + t * token_bytes, p.features * size_of(dtype));
+            pack_strip<Op>(p, dtype, from, token_bytes, count,
+                           p.data + (place * call.strips_per_block + i) * p.bytes);
         }
     }
 }

@@ -28,7 +28,7 @@ INLINE void modify(const Call& call, const ScoreTile& t, int j, V (&c)[R][N]) {
     const V scale = set1(call.logit_scale), one = set1(1.f);
     const V offset = t.column_bias ? load(t.column_bias + index * STRIP) : zero();
     const int32_t* frames = call.frame_of_column ? call.frame_of_column + index * STRIP : nullptr;
-    const int kind = frames ? call.frame_kind[index] : FRAME_EXEMPT;
+    const int kind = frames ? (int)call.frame_kind[index] : (int)FRAME_EXEMPT;
     V factor = one;
     UNROLL for (int r = 0; r < R; r++) {
         V x = mul(c[r][j], scale);

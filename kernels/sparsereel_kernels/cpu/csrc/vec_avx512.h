@@ -64,28 +64,51 @@ static inline void store_as(void* p, int64_t dtype, int64_t n, V a) {
     _mm256_mask_storeu_epi16(p, m, h);
 }
 
-// to[w * 16 + t] = from[t * row + w] for 16 rows t and 16 words w: four rounds of pairing rows and halves.
+// to[w * 16 + t] = word w of row t, for 16 rows (those from `rows` on count as 0) of at most 16 words, of which the
+// first `bytes` bytes exist. Four rounds of pairing rows and halves.
 #define SPARSEREEL_FAST_TRANSPOSE
-static inline void transpose16(const float* from, int64_t row, float* to) {
+static inline void transpose16(const char* from, int64_t row_bytes, int64_t rows, int64_t bytes, float* to) {
     __m512 a[16], b[16];
-    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(from + i * row);
+    const __mmask64 valid = bytes >= 64 ? ~0ull : (1ull << bytes) - 1;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++)
+        a[i] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi8(i < rows ? valid : 0, from + i * row_bytes));
+#pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
         b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
         for (int j = 0; j < 2; j++) {
             __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + j + 2]);
             a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
             a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
         }
     // a[4 g + c] now holds column 4 lane + c of rows 4 g .. 4 g + 3 in each 128-bit lane.
+#pragma GCC unroll 4
     for (int c = 0; c < 4; c++) {
         __m512 x = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88), y = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
         __m512 z = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd), w = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
-        _mm512_storeu_ps(to + c * 16, _mm512_shuffle_f32x4(x, y, 0x88));
-        _mm512_storeu_ps(to + (8 + c) * 16, _mm512_shuffle_f32x4(x, y, 0xdd));
-        _mm512_storeu_ps(to + (4 + c) * 16, _mm512_shuffle_f32x4(z, w, 0x88));
-        _mm512_storeu_ps(to + (12 + c) * 16, _mm512_shuffle_f32x4(z, w, 0xdd));
+        a[c] = _mm512_shuffle_f32x4(x, y, 0x88);
+        a[4 + c] = _mm512_shuffle_f32x4(z, w, 0x88);
+        a[8 + c] = _mm512_shuffle_f32x4(x, y, 0xdd);
+        a[12 + c] = _mm512_shuffle_f32x4(z, w, 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int w = 0; w < 16; w++)
+        if (4 * w < bytes) _mm512_storeu_ps(to + w * 16, a[w]);
+}
+
+// to[i] = (a[i], b[i]) for the n first of `padded` 16-bit numbers, a multiple of 16; the rest are 0. b may be null for 0.
+static inline void interleave(const void* a, const void* b, int64_t n, int64_t padded, uint16_t* to) {
+    for (int64_t i = 0; i < padded; i += 16) {
+        __mmask16 valid = n - i >= 16 ? 0xffff : n > i ? (__mmask16)((1u << (n - i)) - 1) : 0;
+        __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, (const uint16_t*)a + i));
+        __m512i high = low;
+        if (b) high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, (const uint16_t*)b + i));
+        high = b ? _mm512_slli_epi32(high, 16) : _mm512_setzero_si512();
+        _mm512_storeu_si512(to + 2 * i, _mm512_or_si512(low, high));
     }
 }
