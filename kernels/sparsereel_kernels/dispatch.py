@@ -118,7 +118,8 @@ def _named(name: str, problem: Problem) -> Backend:
     reasons = backend.reasons(problem)
     if reasons:
         opening = f"Backend {name!r} cannot run sparse_attention for"
-        raise BackendUnavailable(_refusal(opening, problem, {name: reasons}))
+        hint = 'Use backend="auto" to let another one run.'
+        raise BackendUnavailable(_refusal(opening, problem, {name: reasons}, hint))
     return backend
 
 
@@ -131,7 +132,8 @@ def _automatic(problem: Problem, density: float) -> Backend:
             _announce(backend.name, problem, refused)
             return backend
         refused[backend.name] = reasons
-    raise BackendUnavailable(_refusal("No backend can run sparse_attention for", problem, refused))
+    hint = 'Use backend="reference" for a slow exact result.'
+    raise BackendUnavailable(_refusal("No backend can run sparse_attention for", problem, refused, hint))
 
 
 def _preference(problem: Problem, density: float) -> list[Backend]:
@@ -142,13 +144,11 @@ def _preference(problem: Problem, density: float) -> list[Backend]:
     return known + [backend for backend in allowed if backend not in known]
 
 
-def _refusal(opening: str, problem: Problem, refused: dict[str, list[str]]) -> str:
+def _refusal(opening: str, problem: Problem, refused: dict[str, list[str]], hint: str) -> str:
     width = max(map(len, refused), default=0)
     lines = [opening, problem.describe()]
     lines += [f"{name:{width}} : {'; '.join(reasons)}" for name, reasons in refused.items()]
-    if "reference" not in refused:
-        lines.append('Use backend="reference" for a slow exact result.')
-    return "\n".join(lines)
+    return "\n".join([*lines, hint])
 
 
 def _announce(chosen: str, problem: Problem, refused: dict[str, list[str]]) -> None:

@@ -97,6 +97,8 @@ def test_a_named_backend_raises_with_its_reasons():
         BackendUnavailable, match="(?s)Backend 'flex' cannot run.*with   gradients\nflex : gradients are"
     ):
         sparse_attention(q, k, v, backend="flex")
+    with pytest.raises(BackendUnavailable, match='Use backend="auto" to let another one run'):
+        sparse_attention(q, k, v, backend="flex")
     with pytest.raises(BackendUnavailable, match="flex : lse is not supported on CPU"):
         sparse_attention(q.detach(), k.detach(), v.detach(), backend="flex", return_lse=True)
 
