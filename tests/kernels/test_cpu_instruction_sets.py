@@ -38,6 +38,17 @@ def test_lengths(isa, dtype, q_len, kv_len):
     assert_matches_reference(q, k, v, mask, backend="cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("q_len", [1, 37, 140])
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "sparse"])
+def test_few_queries_and_many_keys(isa, dtype, q_len, dense):
+    """The keys of such calls are cut in pieces, whose results are merged."""
+    q, k, v = make_qkv(q_len, 5000, batch=2, heads=2, kv_heads=1, head_dim=40, v_dim=24, dtype=dtype)
+    mask = None if dense else random_block_mask(q_len, 5000, density=0.6, heads=2, empty_rows=q_len > 128)
+    lengths = torch.tensor([5000, 1500], dtype=torch.int32)
+    assert_matches_reference(q, k, v, mask, backend="cpu", key_lengths=lengths, gradients=False)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("head_dim", "v_dim"),
@@ -167,11 +178,14 @@ def test_same_bits_whatever_the_threads(isa):
     bias = KeyBias(torch.randn(2, 4, 700))
     grad = torch.randn_like(q)
     before, results = torch.get_num_threads(), []
+    few = torch.randn(1, 1, 9, 32)
+    many = torch.randn(1, 1, 4096, 32)
     try:
         for threads in (1, 2, 5, 2):
             torch.set_num_threads(threads)
             out, lse = cpu.forward(q, k, v, mask, SCALE, None, bias)
-            results.append((out, lse, *cpu.backward(grad, lse, q, k, v, out, lse, mask, SCALE, None, bias)))
+            grads = cpu.backward(grad, lse, q, k, v, out, lse, mask, SCALE, None, bias)
+            results.append((out, lse, *grads, *cpu.forward(few, many, many, None, SCALE)))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

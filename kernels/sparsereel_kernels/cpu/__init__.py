@@ -1,12 +1,14 @@
 """The `cpu` backend: block-sparse attention in C++, built once on first use.
 
-How it works. Keys and values that the mask visits are packed once a call into strips of 16 keys that the inner loops
-read in order. A query block is cut into panels of 24 rows; a panel takes 256 keys at a time: scores, exponentials and
-the weighted sum of values stay in the first-level cache, with an online softmax from run to run. Strips of a partial
-block that no row of the panel may see are skipped. Every query block is computed by one thread in a fixed order, so the
-same input gives the same bits whatever the number of threads.
+How it works (csrc/, from unit.h on). Keys and values that the mask visits are packed once a call into strips of 16 keys
+that the inner loops read in order. A query block is cut into panels of about 24 rows; a panel takes 256 keys at a time:
+scores, exponentials and the weighted sum of values stay in the first-level cache, with an online softmax from run to
+run. Strips of a partial block that no row of the panel may see are skipped. Calls of few queries and many keys are cut
+along the keys too. Every sum has a fixed order, so the same input gives the same bits whatever the number of threads.
+Numbers: fp32 and fp16 are multiplied in fp32; bf16 too, but for avx512_bf16 and amx, which multiply bf16 (weights are
+rounded to it) and add in fp32. The exponential is good to 1e-7 (3e-6 where weights are rounded to bf16).
 
-Instruction sets: portable, avx2, avx512, avx512_bf16, chosen at run time; SPARSEREEL_ISA pins one.
+Instruction sets: portable, avx2, avx512, avx512_bf16, amx, chosen at run time; SPARSEREEL_ISA pins one.
 """
 
 from __future__ import annotations

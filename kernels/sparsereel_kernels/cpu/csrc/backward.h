@@ -130,7 +130,7 @@ template <class Op>
 static void query_gradient(const Call& call, const Task& task, char* scratch) {
     const SparsereelArgs& a = *call.args;
     Backward<Op> w(call, task.rows, &scratch);
-    int64_t token = task.block * call.row_block + task.row, panels = start_panels(w.panels, task.rows);
+    int64_t token = task.block * call.row_block + task.row, panels = start_panels(w.panels, task.rows, 0);
     copy_rows<Op>(a.q, a.dtype, task.batch, task.head, token, task.rows, a.head_dim, call.packed[0].padded, w.first);
     copy_rows<Op>(a.grad_out, a.dtype, task.batch, task.head, token, task.rows, a.v_dim, call.packed[1].padded, w.second);
     set_ramps(call, token, task.rows, w.ramps);
@@ -146,7 +146,7 @@ static void key_gradient(const Call& call, const Task& task, char* scratch) {
     int64_t token = task.block * call.row_block + task.row, group = a.heads / a.kv_heads;
     // Keys past the length have no gradient.
     int64_t limit = key_limit(a, task.batch) - token, live = limit < 0 ? 0 : limit < task.rows ? limit : task.rows;
-    int64_t panels = start_panels(w.panels, live);
+    int64_t panels = start_panels(w.panels, live, 0);
     copy_rows<Op>(a.k, a.dtype, task.batch, task.head, token, live, a.head_dim, call.packed[0].padded, w.first);
     copy_rows<Op>(a.v, a.dtype, task.batch, task.head, token, live, a.v_dim, call.packed[1].padded, w.second);
     set_ramps(call, token, live, w.ramps);

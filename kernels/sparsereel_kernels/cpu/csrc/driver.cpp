@@ -17,6 +17,9 @@ constexpr int64_t TASK_ROWS = 192;  // larger blocks of rows are cut
 // Packed operands at a time, unless one head needs more. Many threads need many tasks a wave.
 constexpr int64_t WAVE_BYTES = int64_t(8) << 20, WAVE_BYTES_A_THREAD = int64_t(4) << 20;
 constexpr int64_t MEASURED_ROWS = 256;
+// A call of few tasks (few queries, many keys) is cut along the keys as well, to give every thread something to do. The
+// rule looks at sizes only, never at the number of threads, so that results do not depend on it.
+constexpr int64_t FEW_TASKS = 32, ENOUGH_TASKS = 64, PIECE_KEYS = 1024;
 
 void check_sizes(const SparsereelArgs& a) {
     auto within = [](int64_t x, int64_t low, int64_t high) { return low <= x && x <= high; };
@@ -49,7 +52,10 @@ class Runner {
             int64_t last = std::min(heads, first + wave);
             call_.wave_first = first * packed;
             pack(first * packed, last * packed);
-            execute(tasks(first, last), scratch_bytes);
+            std::vector<Task> whole = tasks(first, last);
+            Pieces pieces = cut(whole);
+            execute(pieces.count.empty() ? whole : pieces.tasks, scratch_bytes);
+            merge(pieces);
         }
     }
 
@@ -90,16 +96,64 @@ class Runner {
             for (int64_t block = 0; block < call_.row_blocks; block++) {
                 int64_t b = i / (a_.kv_heads * heads), h = i % (a_.kv_heads * heads);
                 int level = 0;
-                for (int64_t rest = cost(b, h, block); rest; rest >>= 1) level++;
+                const int64_t entries = cost(b, h, block);
+                for (int64_t rest = entries; rest; rest >>= 1) level++;
                 int64_t end = std::min(call_.row_block, call_.row_len - block * call_.row_block);
                 for (int64_t row = 0; row < end; row += part)
-                    sorted.push_back({-level, {(int32_t)b, (int32_t)h, block, row, std::min(part, end - row)}});
+                    sorted.push_back({-level, {(int32_t)b, (int32_t)h, block, row, std::min(part, end - row), 0, entries}});
             }
         std::stable_sort(sorted.begin(), sorted.end(), [](const auto& x, const auto& y) { return x.first < y.first; });
         std::vector<Task> result;
         result.reserve(sorted.size());
         for (const auto& entry : sorted) result.push_back(entry.second);
         return result;
+    }
+
+    // Tasks cut along the columns: pieces of one task are neighbours, count[i] of them for the i-th.
+    struct Pieces {
+        std::vector<Task> tasks;
+        std::vector<int64_t> count;
+        std::vector<float> memory;
+    };
+
+    Pieces cut(const std::vector<Task>& whole) const {
+        Pieces pieces;
+        int64_t all = a_.batch * a_.heads * call_.row_blocks, least = ceil_div(PIECE_KEYS, call_.column_block);
+        if (call_.pass != FORWARD || all >= FEW_TASKS || whole.empty()) return pieces;
+        int64_t floats = 0, width = call_.packed[1].padded + 2;
+        for (const Task& task : whole) {
+            int64_t entries = task.end - task.entry;
+            int64_t count = std::max<int64_t>(1, std::min(entries / least, ceil_div(ENOUGH_TASKS, all)));
+            pieces.count.push_back(count);
+            for (int64_t i = 0; i < count; i++) {
+                Task piece = task;
+                piece.entry = entries * i / count;
+                piece.end = entries * (i + 1) / count;
+                pieces.tasks.push_back(piece);
+                floats += task.rows * width;
+            }
+        }
+        if (pieces.tasks.size() == whole.size()) return Pieces();
+        pieces.memory.resize((size_t)floats);
+        float* memory = pieces.memory.data();
+        for (Task& piece : pieces.tasks) {
+            piece.piece = memory;
+            memory += piece.rows * width;
+        }
+        return pieces;
+    }
+
+    void merge(const Pieces& pieces) const {
+        std::vector<int64_t> first;
+        int64_t next_first = 0;
+        for (int64_t count : pieces.count) {
+            first.push_back(next_first);
+            next_first += count;
+        }
+        pool_.run((int64_t)first.size(), [&](const Jobs& next) {
+            for (int64_t i = next(); i >= 0; i = next())
+                unit_.merge(call_, pieces.tasks.data() + first[(size_t)i], pieces.count[(size_t)i]);
+        });
     }
 
     void execute(const std::vector<Task>& tasks, size_t scratch_bytes) const {

@@ -52,13 +52,13 @@ INLINE float* take_sums(char** scratch, int64_t rows, int64_t padded) {
     return take_floats(scratch, (rows + SPARE_ROWS) * padded);
 }
 
-static int64_t start_panels(Panel* panels, int64_t rows) {
+static int64_t start_panels(Panel* panels, int64_t rows, int64_t entry) {
     Split split = Split::of(rows, PANEL_ROWS);
     for (int64_t i = 0; i < split.parts; i++) {
         // Panels of like size; with matrix tiles full ones and a rest, as only the last may write past its rows.
         int64_t first = SPARE_ROWS ? i * PANEL_ROWS : Split::first_of(split, i);
         int64_t end = SPARE_ROWS ? Split::smaller(rows, first + PANEL_ROWS) : Split::first_of(split, i + 1);
-        panels[i] = {first, end - first, {0, 0}, false};
+        panels[i] = {first, end - first, {entry, 0}, false};
     }
     return split.parts;
 }
@@ -141,12 +141,62 @@ static void write_row(char* to, int64_t dtype, int64_t n, const float* sums, boo
     }
 }
 
+// Output and lse of one row from the sum of its weighted values, the largest score and the sum of its weights.
+static void finish_row(const Call& call, const Task& task, int64_t row, const float* sums, float top, float total) {
+    const SparsereelArgs& a = *call.args;
+    constexpr float ln2 = 0.6931471805599453f;
+    int64_t token = task.block * call.row_block + task.row + row;
+    // A row without keys has total 0; a NaN total passes through.
+    bool any = total != 0.f;
+    write_row(token_of(a.out, a.dtype, task.batch, task.head, token), a.dtype, a.v_dim, sums, any, 1.f / total);
+    a.lse[(task.batch * a.heads + task.head) * a.q_len + token] = any ? (top + __builtin_log2f(total)) * ln2 : NONE;
+}
+
+// A piece of a row: sums, maximum, total.
+INLINE float* piece_of(const Call& call, const Task& task, int64_t row) {
+    return task.piece + row * (call.packed[1].padded + 2);
+}
+
+template <class Op>
+static void keep_piece(const Call& call, const Task& task, const Forward<Op>& w, int64_t panels) {
+    const int64_t width = call.packed[1].padded;
+    for (int64_t i = 0; i < panels; i++)
+        for (int64_t r = w.panels[i].first; r < w.panels[i].first + w.panels[i].rows; r++) {
+            float* to = piece_of(call, task, r);
+            for (int64_t c = 0; c < width; c++) to[c] = w.panels[i].started ? w.sums[r * width + c] : 0.f;
+            to[width] = w.top[r];
+            to[width + 1] = w.total[r];
+        }
+}
+
+static void merge(const Call& call, const Task* pieces, int64_t count) {
+    const int64_t width = call.packed[1].padded;
+    alignas(64) float sums[MAX_DIM];
+    for (int64_t r = 0; r < pieces->rows; r++) {
+        float top = NONE, total = 0.f;
+        for (int64_t i = 0; i < count; i++) {
+            float other = piece_of(call, pieces[i], r)[width];
+            top = other > top ? other : top;
+        }
+        for (int64_t c = 0; c < width; c++) sums[c] = 0.f;
+        for (int64_t i = 0; i < count; i++) {
+            const float* piece = piece_of(call, pieces[i], r);
+            float fade = piece[width] == NONE ? 0.f : exp2_scalar(piece[width] - top);
+            for (int64_t c = 0; c < width; c += STRIP)
+                store(sums + c, fma(load(piece + c), set1(fade), load(sums + c)));
+            total += piece[width + 1] * fade;
+        }
+        finish_row(call, *pieces, r, sums, top, total);
+    }
+}
+
 template <class Op>
 static void forward_task(const Call& call, const Task& task, char* scratch) {
     const SparsereelArgs& a = *call.args;
     Forward<Op> w(call, task.rows, &scratch);
     int64_t token = task.block * call.row_block + task.row;
     View view = view_of(call, task.batch, task.head, task.head / (a.heads / a.kv_heads), task.block);
+    view.end = task.end;
     const float* bias = call.bias ? call.bias + task.batch * call.bias_batch + task.head * call.bias_head : nullptr;
     copy_rows<Op>(a.q, a.dtype, task.batch, task.head, token, task.rows, a.head_dim, call.packed[0].padded, w.q);
     set_ramps(call, token, task.rows, w.ramps);
@@ -154,7 +204,7 @@ static void forward_task(const Call& call, const Task& task, char* scratch) {
         w.top[r] = NONE;
         w.total[r] = 0.f;
     }
-    int64_t panels = start_panels(w.panels, task.rows);
+    int64_t panels = start_panels(w.panels, task.rows, task.entry);
     Strip strips[RUN + COLUMNS];
     for (bool more = true; more;) {
         more = false;
@@ -166,13 +216,7 @@ static void forward_task(const Call& call, const Task& task, char* scratch) {
             more = true;
         }
     }
-    constexpr float ln2 = 0.6931471805599453f;
-    float* lse = a.lse + (task.batch * a.heads + task.head) * a.q_len + token;
-    for (int64_t r = 0; r < task.rows; r++) {
-        // A row without keys has total 0; a NaN total passes through.
-        bool any = w.total[r] != 0.f;
-        write_row(token_of(a.out, a.dtype, task.batch, task.head, token + r), a.dtype, a.v_dim,
-                  w.sums + r * call.packed[1].padded, any, 1.f / w.total[r]);
-        lse[r] = any ? (w.top[r] + __builtin_log2f(w.total[r])) * ln2 : NONE;
-    }
+    if (task.piece) return keep_piece<Op>(call, task, w, panels);
+    for (int64_t r = 0; r < task.rows; r++)
+        finish_row(call, task, r, w.sums + r * call.packed[1].padded, w.top[r], w.total[r]);
 }

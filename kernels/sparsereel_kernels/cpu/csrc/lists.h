@@ -11,6 +11,7 @@ struct Strip {
 struct View {
     const int32_t *full, *partial, *tile;
     int64_t fulls, partials, limit;
+    int64_t end;  // entries of both lists that count: all of them, or a piece's
     const char* packed[4];  // strip 0 of the head, for each operand
 };
 
@@ -21,7 +22,7 @@ static View view_of(const Call& call, int64_t batch, int64_t query_head, int64_t
     int64_t place = (batch * call.column_heads + column_head - call.wave_first) * call.column_blocks;
     for (int64_t o = 0; o < call.operands; o++)
         view.packed[o] = call.packed[o].data + place * call.strips_per_block * call.packed[o].bytes;
-    view.fulls = call.column_blocks;
+    view.fulls = view.end = call.column_blocks;
     if (!call.has_mask) return view;
     const Lists& lists = call.lists;
     int64_t mask_batch = a.mask_batch == 1 ? 0 : batch, mask_head = a.mask_heads == 1 ? 0 : query_head;
@@ -33,6 +34,7 @@ static View view_of(const Call& call, int64_t batch, int64_t query_head, int64_t
     view.partial = lists.partial_index + partial;
     view.tile = lists.partial_tile + partial;
     view.partials = lists.partial_count[row];
+    view.end = view.fulls + view.partials;
     return view;
 }
 
@@ -59,7 +61,7 @@ INLINE void summarize(const uint8_t* bits, int64_t row_bytes, int64_t rows, uint
 static int64_t next_strips(const Call& call, const View& view, Cursor* at, int64_t row, int64_t rows, Strip* out,
                            int64_t most) {
     int64_t n = 0;
-    while (n < most && at->block < view.fulls + view.partials) {
+    while (n < most && at->block < view.end) {
         bool partial = at->block >= view.fulls;
         int64_t entry = partial ? at->block - view.fulls : at->block;
         int64_t block = partial ? view.partial[entry] : call.has_mask ? view.full[entry] : entry;

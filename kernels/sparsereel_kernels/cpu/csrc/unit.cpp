@@ -102,7 +102,7 @@ static void run(const Call& call, const Task& task, char* scratch) {
 }
 
 extern const Unit unit;
-const Unit unit = {SPARSEREEL_NAME(SPARSEREEL_UNIT), PAIRS, DEPTH_STEP, pack, measure, scratch_bytes, run};
+const Unit unit = {SPARSEREEL_NAME(SPARSEREEL_UNIT), PAIRS, DEPTH_STEP, pack, measure, scratch_bytes, run, merge};
 
 }  // namespace SPARSEREEL_UNIT
 }  // namespace sparsereel

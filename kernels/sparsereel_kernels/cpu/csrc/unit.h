@@ -76,7 +76,9 @@ struct Call {
 struct Task {
     int32_t batch, head;  // head of the row side
     int64_t block;
-    int64_t row, rows;  // first row inside the block, number of rows
+    int64_t row, rows;     // first row inside the block, number of rows
+    int64_t entry, end;    // which entries of its list; all of them but where few rows see many columns
+    float* piece = nullptr;  // such a piece leaves its sums, maxima and totals here: [rows, width + 2]
 };
 
 struct Unit {
@@ -89,6 +91,8 @@ struct Unit {
     void (*measure)(const Call& call, int64_t batch, int64_t head, int64_t first, int64_t last);
     size_t (*scratch_bytes)(const Call& call, int64_t rows);
     void (*run)(const Call& call, const Task& task, char* scratch);
+    // Forward: the result of a task from its `count` pieces.
+    void (*merge)(const Call& call, const Task* pieces, int64_t count);
 };
 
 }  // namespace sparsereel
