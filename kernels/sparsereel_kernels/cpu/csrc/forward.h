@@ -4,12 +4,13 @@
 // fit the first-level cache; a run of packed keys and values fits the second and serves all panels.
 #pragma once
 
-constexpr int64_t RUN = 16;  // strips a run: 256 keys for each softmax step
+constexpr int64_t RUN = 32;  // strips a run: 512 keys for each softmax step
 #ifdef SPARSEREEL_HAS_TILES
 constexpr int64_t PANEL_ROWS = 2 * TILE_ROWS;
 constexpr int64_t SPARE_ROWS = PANEL_ROWS;  // the last tiles of a task write past its rows
 #else
-constexpr int64_t PANEL_ROWS = 4 * ROWS;
+// Few rows: their scores fit the first-level cache, and the fewer they are the more strips of partial blocks are skipped.
+constexpr int64_t PANEL_ROWS = 12;
 constexpr int64_t SPARE_ROWS = 0;
 #endif
 // One spare vector a row keeps the rows of a panel out of one another's cache sets.
