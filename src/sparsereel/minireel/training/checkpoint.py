@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,15 @@ def under_prefix(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, tor
     """The tensors named `prefix/...`, without the prefix."""
     start = f"{prefix}/"
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def numbered(tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A list as a dictionary, so that it can be saved."""
+    return {str(index): tensor for index, tensor in enumerate(tensors)}
+
+
+@torch.no_grad()
+def copy_numbered(targets: Sequence[torch.Tensor], stored: dict[str, torch.Tensor]) -> None:
+    """Copy what `numbered` made into tensors of the same shapes, in order."""
+    for index, target in enumerate(targets):
+        target.copy_(stored[str(index)])

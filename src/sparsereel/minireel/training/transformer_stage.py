@@ -14,7 +14,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from transformers import UMT5EncoderModel
 
-from sparsereel.minireel.training.checkpoint import under_prefix, with_prefix
+from sparsereel.minireel.training.checkpoint import copy_numbered, numbered, under_prefix, with_prefix
 from sparsereel.minireel.training.clip_sets import PROMPT_TOKENS, EncodedSet, tokenise
 from sparsereel.minireel.training.flow_matching import embed_text, flow_loss, sample_noise_levels
 from sparsereel.minireel.training.optim import (
@@ -146,8 +146,8 @@ class TransformerTrainer:
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Everything a resumed run needs to go on exactly as this one would have."""
         tensors = {
-            **with_prefix("weights", _numbered(self.parameters)),
-            **with_prefix("average", _numbered(self.average.values)),
+            **with_prefix("weights", numbered(self.parameters)),
+            **with_prefix("average", numbered(self.average.values)),
             **with_prefix("muon", self.muon.state()),
             **with_prefix("adamw", adamw_state(self.adamw)),
             "generator": self.generator.get_state(),
@@ -157,8 +157,8 @@ class TransformerTrainer:
     @torch.no_grad()
     def load(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
-        _copy_numbered(self.parameters, under_prefix("weights", tensors))
-        _copy_numbered(self.average.values, under_prefix("average", tensors))
+        copy_numbered(self.parameters, under_prefix("weights", tensors))
+        copy_numbered(self.average.values, under_prefix("average", tensors))
         self.muon.load(under_prefix("muon", tensors))
         load_adamw_state(self.adamw, under_prefix("adamw", tensors))
         self.generator.set_state(tensors["generator"])
@@ -183,12 +183,3 @@ def draw_frames(shape: Sequence[int], count: int, generator: torch.Generator) ->
     kept = torch.cat([torch.arange(start, start + run), chosen]).sort().values
     cells = height * width
     return (kept[:, None] * cells + torch.arange(cells)).flatten()
-
-
-def _numbered(tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {str(index): tensor for index, tensor in enumerate(tensors)}
-
-
-def _copy_numbered(targets: Sequence[torch.Tensor], stored: dict[str, torch.Tensor]) -> None:
-    for index, target in enumerate(targets):
-        target.copy_(stored[str(index)])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
-from sparsereel.minireel.training.checkpoint import under_prefix, with_prefix
+from sparsereel.minireel.training.checkpoint import copy_numbered, numbered, under_prefix, with_prefix
 from sparsereel.minireel.training.clip_sets import encode_mean, to_model_range
 from sparsereel.minireel.training.optim import (
     MovingAverage,
@@ -131,8 +131,8 @@ class VaeTrainer:
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Everything a resumed run needs to go on exactly as this one would have."""
         tensors = {
-            **with_prefix("weights", {str(i): p for i, p in enumerate(self.parameters)}),
-            **with_prefix("average", {str(i): p for i, p in enumerate(self.average.values)}),
+            **with_prefix("weights", numbered(self.parameters)),
+            **with_prefix("average", numbered(self.average.values)),
             **with_prefix("muon", self.muon.state()),
             **with_prefix("adamw", adamw_state(self.adamw)),
             "generator": self.generator.get_state(),
@@ -142,10 +142,8 @@ class VaeTrainer:
     @torch.no_grad()
     def load(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
-        for prefix, targets in (("weights", self.parameters), ("average", self.average.values)):
-            stored = under_prefix(prefix, tensors)
-            for index, target in enumerate(targets):
-                target.copy_(stored[str(index)])
+        copy_numbered(self.parameters, under_prefix("weights", tensors))
+        copy_numbered(self.average.values, under_prefix("average", tensors))
         self.muon.load(under_prefix("muon", tensors))
         load_adamw_state(self.adamw, under_prefix("adamw", tensors))
         self.generator.set_state(tensors["generator"])

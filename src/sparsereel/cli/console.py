@@ -1,0 +1,42 @@
+"""Where text goes and how a command ends: tables to stderr or stdout, errors in one sentence, exit codes.
+
+Exit codes: 0 done, 1 a stated threshold missed, 2 wrong use or input, 4 something needed is missing, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+MISSED, WRONG_INPUT, MISSING, INTERRUPTED = 1, 2, 4, 130
+
+#: everything meant for people; stdout is left to `--json -`
+people = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """One line for people; square brackets are printed as they are."""
+    people.print(text, markup=False)
+
+
+def fail(message: str, code: int = WRONG_INPUT) -> None:
+    """Print one sentence and end with `code`."""
+    people.print(f"sparsereel: {' '.join(message.split())}", markup=False, soft_wrap=True)
+    raise SystemExit(code)
+
+
+def emit_json(target: str | None, data: Any) -> None:
+    """Write `--json PATH` or, for `-`, to stdout."""
+    if target is None:
+        return
+    if target == "-":
+        json.dump(data, sys.stdout, indent=2, ensure_ascii=False)
+        sys.stdout.write("\n")
+        return
+    from sparsereel.files import write_json
+
+    write_json(Path(target), data)

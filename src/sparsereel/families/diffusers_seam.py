@@ -1,0 +1,319 @@
+"""Every private name of diffusers that sparsereel touches, in one place, with a self-test.
+
+Two seams:
+
+* *dispatch*: models whose processors call `dispatch_attention_fn`. One pseudo-member `sparsereel` of the enum
+  `AttentionBackendName` is entered in diffusers' registry while anything is sparsified; a processor that names it as its
+  `_attention_backend` gets its q, k, v (B, S, H, D, after rotary embedding) handed to `dispatched_attention`.
+* *sdpa*: older processors that call `F.scaled_dot_product_attention` themselves. A `TorchFunctionMode`, active only
+  inside such a processor's call, hands q, k, v (B, H, S, D) on.
+
+Either way the layer's processor is replaced by a copy whose class is a subclass made on the fly: its `__call__` says
+which layer is running, then runs the original code. The original processor is kept untouched and put back by `restore`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+logger = logging.getLogger("sparsereel")
+
+BACKEND_VALUE = "sparsereel"
+KNOWN_TO_WORK = "0.41 and 0.42"
+
+
+class Layer(Protocol):
+    """What a seam needs of a replaced layer."""
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        attn_mask: Any,
+        dropout_p: float,
+        is_causal: bool,
+        scale: float | None,
+        refuse: str | None,
+        dense: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
+        """Attention over (B, H, S, D); `dense()` runs the attention that the layer had before."""
+        ...
+
+
+class _Active:
+    """The replaced layer whose processor is running now."""
+
+    layer: Any = None
+    dense_backend: Any = None
+    in_dense: bool = False
+
+
+ACTIVE = _Active()
+
+
+# ------------------------------------------------------------------ dispatch seam
+
+
+def dispatched_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    _parallel_config: Any = None,
+) -> torch.Tensor:
+    """Attention function behind the pseudo-backend. q, k, v: (B, S, H, D); returns (B, Sq, H, D)."""
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    layer, backend = ACTIVE.layer, ACTIVE.dense_backend
+
+    def dense() -> torch.Tensor:
+        return dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            backend=backend,
+            parallel_config=_parallel_config,
+        )
+
+    if layer is None:
+        # Somebody named the backend without a replaced processor: nothing is known about the call.
+        return dense()
+    refuse = None
+    if _parallel_config is not None:
+        refuse = "context parallelism is enabled on the model"
+    elif _scores_are_skipped():
+        refuse = "a guider replaces the attention scores in this pass"
+    out = layer.attend(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        refuse=refuse,
+        dense=lambda: dense().transpose(1, 2),
+    )
+    return out.transpose(1, 2)
+
+
+def _scores_are_skipped() -> bool:
+    """Whether a perturbed-attention guider is active: it intercepts only `F.scaled_dot_product_attention`."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(type(mode).__name__ == "AttentionScoreSkipFunctionMode" for mode in _function_modes())
+
+
+def _function_modes() -> list[Any]:
+    depth = torch._C._len_torch_function_stack()
+    return [torch._C._get_function_stack_at(i) for i in range(depth)]
+
+
+class _Registration:
+    """The pseudo-backend's entries in diffusers' registries, present while at least one model uses them."""
+
+    def __init__(self) -> None:
+        self.users = 0
+        self.member: Any = None
+
+    def acquire(self) -> None:
+        self.users += 1
+        if self.users == 1:
+            self._enter()
+
+    def release(self) -> None:
+        if self.users == 0:
+            return
+        self.users -= 1
+        if self.users == 0:
+            self._leave()
+
+    def _enter(self) -> None:
+        from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+        if self.member is None:
+            member = str.__new__(AttentionBackendName, BACKEND_VALUE)
+            member._name_, member._value_ = BACKEND_VALUE.upper(), BACKEND_VALUE
+            # Copies and pickles of a member come back by value.
+            self.member = member
+        AttentionBackendName._member_map_[self.member._name_] = self.member
+        AttentionBackendName._value2member_map_[BACKEND_VALUE] = self.member
+        registry = _AttentionBackendRegistry
+        registry.register(self.member, constraints=[], supports_context_parallel=True)(dispatched_attention)
+
+    def _leave(self) -> None:
+        from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+        AttentionBackendName._member_map_.pop(self.member._name_, None)
+        AttentionBackendName._value2member_map_.pop(BACKEND_VALUE, None)
+        _AttentionBackendRegistry._backends.pop(self.member, None)
+        _AttentionBackendRegistry._constraints.pop(self.member, None)
+        _AttentionBackendRegistry._supported_arg_names.pop(self.member, None)
+        _AttentionBackendRegistry._supports_context_parallel.discard(BACKEND_VALUE)
+
+
+REGISTRATION = _Registration()
+
+
+# ------------------------------------------------------------------ sdpa seam
+
+
+class _SdpaMode(TorchFunctionMode):
+    """Hands `F.scaled_dot_product_attention` of the running processor to its layer; all else passes through."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or ACTIVE.layer is None or ACTIVE.in_dense:
+            return func(*args, **kwargs)
+        return _sdpa_to_layer(func, *args, **kwargs)
+
+
+def _sdpa_to_layer(
+    func: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    def dense() -> torch.Tensor:
+        ACTIVE.in_dense = True
+        try:
+            return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        finally:
+            ACTIVE.in_dense = False
+
+    return ACTIVE.layer.attend(
+        query,
+        key,
+        value,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        refuse="a guider replaces the attention scores in this pass" if _scores_are_skipped() else None,
+        dense=dense,
+    )
+
+
+# ------------------------------------------------------------------ processors
+
+
+def replace_processor(module: Any, layer: Layer, seam: str) -> Any:
+    """Give `module` a copy of its processor that announces `layer`; returns the original processor."""
+    original = module.processor
+    clone = copy.copy(original)
+    clone.__class__ = _subclass(type(original), seam)
+    clone.sparsereel_layer = layer
+    clone.sparsereel_dense_backend = getattr(original, "_attention_backend", None)
+    module.processor = clone
+    return original
+
+
+def put_back_processor(module: Any, original: Any) -> None:
+    """Undo `replace_processor`; a backend that the user set meanwhile is carried over."""
+    current = module.processor
+    if not is_replaced(current):
+        # The user (or `fuse_qkv_projections`) installed another processor since: theirs stays.
+        return
+    if hasattr(type(original), "_attention_backend") and current.sparsereel_dense_backend is not None:
+        original._attention_backend = current.sparsereel_dense_backend
+    elif "_attention_backend" in vars(original):
+        original._attention_backend = current.sparsereel_dense_backend
+    module.processor = original
+
+
+def is_replaced(processor: Any) -> bool:
+    """Whether a processor is one of ours."""
+    return hasattr(type(processor), "sparsereel_base")
+
+
+@functools.cache
+def _subclass(base: type, seam: str) -> type:
+    """A subclass of a processor class that announces its layer. Same name: some code compares class names.
+
+    The wrapped signature matters: `Attention.forward` reads it and silently drops keyword arguments that it does not
+    find there, such as `image_rotary_emb`.
+    """
+    original_call = base.__call__  # type: ignore[operator]
+
+    @functools.wraps(original_call)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outer_layer, outer_backend = ACTIVE.layer, ACTIVE.dense_backend
+        ACTIVE.layer, ACTIVE.dense_backend = self.sparsereel_layer, self.sparsereel_dense_backend
+        try:
+            if seam == "dispatch":
+                return original_call(self, *args, **kwargs)
+            with _SdpaMode():
+                return original_call(self, *args, **kwargs)
+        finally:
+            ACTIVE.layer, ACTIVE.dense_backend = outer_layer, outer_backend
+
+    members: dict[str, Any] = {"__call__": __call__, "sparsereel_base": base, "__module__": base.__module__}
+    if seam == "dispatch":
+        members["_attention_backend"] = property(_get_backend, _set_backend)
+    return type(base.__name__, (base,), members)
+
+
+def _get_backend(self: Any) -> Any:
+    return REGISTRATION.member
+
+
+def _set_backend(self: Any, backend: Any) -> None:
+    # `model.set_attention_backend(...)` after `sparsify` chooses what dense calls run on; it does not undo sparsity.
+    self.sparsereel_dense_backend = None if backend is REGISTRATION.member else backend
+
+
+# ------------------------------------------------------------------ self-test
+
+
+@functools.cache
+def check_versions() -> None:
+    """Try every private name once.
+
+    Raises:
+        ValueError: this version of diffusers moved something; the text says what and which versions work.
+    """
+    import diffusers
+
+    try:
+        from diffusers.models import attention_dispatch as module
+
+        registry, names = module._AttentionBackendRegistry, module.AttentionBackendName
+        for table in ("_backends", "_constraints", "_supported_arg_names", "_supports_context_parallel"):
+            getattr(registry, table)
+        names._member_map_, names._value2member_map_
+        REGISTRATION.acquire()
+        try:
+            q = torch.zeros(1, 2, 1, 8)
+            if module.dispatch_attention_fn(q, q, q, backend=REGISTRATION.member).shape != q.shape:
+                raise AttributeError("dispatch_attention_fn did not reach the registered function")
+        finally:
+            REGISTRATION.release()
+    except (ImportError, AttributeError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"diffusers {diffusers.__version__} does not have what sparsereel relies on ({error}); "
+            f"versions known to work: {KNOWN_TO_WORK}"
+        ) from error

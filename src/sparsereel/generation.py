@@ -1,0 +1,165 @@
+"""One clip from one request, timed: what `sparsereel generate` and the demo run."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparsereel.inject import PlanLike, sparsified
+from sparsereel.inject import report as report_of
+from sparsereel.media import Frames, to_uint8
+from sparsereel.report import Report
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate. None leaves a value to the pipeline's own default. Sizes in frames and pixels."""
+
+    prompt: str
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    negative_prompt: str | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of a diffusers pipeline call."""
+        named = {
+            "negative_prompt": self.negative_prompt,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+            "num_frames": self.frames,
+            "height": self.height,
+            "width": self.width,
+        }
+        return {key: value for key, value in named.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A generated clip.
+
+    Attributes:
+        frames: uint8 (F, H, W, 3).
+        exact: the same frames as float32 in [0, 1], before rounding; fidelity is measured on these.
+        seconds: the pipeline call: text encoding, denoising and decoding.
+        report: what ran in every layer; None for a dense clip.
+    """
+
+    frames: Frames
+    exact: np.ndarray
+    seconds: float
+    report: Report | None
+
+
+def load_pipeline(model: str | None, dtype: str, device: str) -> Any:
+    """A diffusers pipeline: the model in the box (None or "minireel"), a folder, or a hub id.
+
+    Raises:
+        ValueError: no such folder, no pipeline or no safetensors in it, unknown dtype, no such device.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+    _check_device(device)
+    if model is None or model == "minireel":
+        from sparsereel import minireel
+
+        return minireel.load(DTYPES[dtype], device)
+    from diffusers import DiffusionPipeline
+
+    folder = Path(model)
+    if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        _check_folder(folder.expanduser())
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            str(folder.expanduser()) if folder.exists() else model, torch_dtype=DTYPES[dtype], use_safetensors=True
+        )
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"could not load the model {model!r}: {first}") from error
+    return pipe.to(device)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"the model folder {folder} does not exist")
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
+    if not any(folder.rglob("*.safetensors")):
+        raise ValueError(f"{folder} has no safetensors weights; other weight formats are not loaded")
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used: {reason}") from error
+
+
+def generate(pipe: Any, request: Request, plan: PlanLike | None = None, *, backend: str = "auto") -> Clip:
+    """Generate one clip, dense (`plan` None) or with a plan; the pipeline is as before afterwards.
+
+    Raises:
+        ValueError: what the pipeline or the plan refuses.
+    """
+    if plan is None:
+        exact, seconds = _run(pipe, request)
+        return Clip(to_uint8(exact), exact, seconds, None)
+    with sparsified(pipe, plan, backend=backend):
+        exact, seconds = _run(pipe, request)
+        return Clip(to_uint8(exact), exact, seconds, report_of(pipe))
+
+
+def _run(pipe: Any, request: Request) -> tuple[np.ndarray, float]:
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        output = pipe(request.prompt, generator=generator, output_type="np", **request.arguments())
+    seconds = time.perf_counter() - start
+    frames = output.frames[0] if hasattr(output, "frames") else np.asarray(output.images)
+    return np.asarray(frames, dtype=np.float32), seconds
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for sidecars and benchmark files."""
+    import diffusers
+
+    import sparsereel
+
+    return {
+        "sparsereel": sparsereel.__version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def machine() -> str:
+    """The processor's (or, with CUDA, the device's) model name."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def request_data(request: Request) -> dict[str, Any]:
+    """A request as plain data."""
+    return asdict(request)
