@@ -1,10 +1,10 @@
 """Training-free sparse attention for diffusers image and video models.
 
-    import sparsereel
-    sparsereel.sparsify(pipe, "radial")   # a preset, a plan file, a plan or a pattern
-    video = pipe("a cat surfing").frames[0]
-    print(sparsereel.report(pipe))
-    sparsereel.restore(pipe)
+import sparsereel
+sparsereel.sparsify(pipe, "radial")   # a preset, a plan file, a plan or a pattern
+video = pipe("a cat surfing").frames[0]
+print(sparsereel.report(pipe))
+sparsereel.restore(pipe)
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from sparsereel_kernels import BackendUnavailable, BlockMask, FrameDecay, KeyBias, sparse_attention
-
 from sparsereel import patterns
 from sparsereel.grid import Permutation, Segment, TokenGrid
 from sparsereel.inject import report, restore, sparsified, sparsify
 from sparsereel.plan import AttentionPlan
 from sparsereel.report import LayerReport, Report
+from sparsereel_kernels import BackendUnavailable, BlockMask, FrameDecay, KeyBias, sparse_attention
 
 __version__ = "0.1.0"
 

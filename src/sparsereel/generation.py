@@ -149,8 +149,11 @@ def environment() -> dict[str, Any]:
 
 def machine() -> str:
     """The processor's (or, with CUDA, the device's) model name."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_model()
+
+
+def cpu_model() -> str:
+    """The processor's model name."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

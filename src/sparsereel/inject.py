@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,8 @@ from sparsereel.patterns.base import Pattern
 from sparsereel.plan import AttentionPlan
 from sparsereel.presets import resolve_plan
 from sparsereel.report import LayerReport, Report
-from sparsereel.runtime import ModelRuntime, SparseLayer
+from sparsereel.runtime import ModelRuntime
+from sparsereel.sparse_layer import SparseLayer
 
 _ATTRIBUTE = "_sparsereel_injection"
 
@@ -56,7 +56,7 @@ class Injection:
             self.originals[name] = diffusers_seam.replace_processor(module, layer, family.seam)
         self.handles.append(model.register_forward_pre_hook(runtime.before_forward, prepend=True, with_kwargs=True))
         self.handles.append(model.register_forward_hook(runtime.after_forward, always_call=True))
-        if any(not layer.always_dense for layer in runtime.layers):
+        if any(not layer.plan.uniform_full for layer in runtime.layers):
             order_hooks = family.install_order(model, runtime)
             runtime.orders_tokens = bool(order_hooks)
             self.handles += order_hooks
@@ -220,8 +220,3 @@ def _remove(model: nn.Module) -> None:
     injection = getattr(model, _ATTRIBUTE, None)
     if injection is not None:
         injection.remove(model)
-
-
-def now() -> float:
-    """Clock of profiled attention calls, in seconds."""
-    return time.perf_counter()

@@ -43,7 +43,7 @@ def write_mp4(path: Path, frames: Frames, fps: int = FPS) -> None:
                 temporary, format="FFMPEG", fps=fps, codec="libx264", quality=9, macro_block_size=1
             ) as writer:
                 for frame in frames:
-                    writer.append_data(frame)
+                    writer.append_data(frame)  # type: ignore[attr-defined]
         except (OSError, RuntimeError) as error:
             # A full disk reaches us as a broken pipe from ffmpeg.
             raise ValueError(f"could not write {path}: {error}") from error

@@ -131,10 +131,14 @@ class LayerPlan:
 
     def describe(self) -> str:
         """Short form for tables: what the heads do, the most frequent first."""
-        counts = Counter(_describe_head(head) for head in self.heads)
+        counts = Counter(self.describe_head(head) for head in range(len(self.heads)))
         if len(counts) == 1:
             return next(iter(counts))
         return ", ".join(f"{count} x {text}" for text, count in counts.most_common())
+
+    def describe_head(self, head: int) -> str:
+        """Short form of what one head does."""
+        return _describe_head(self.heads[head])
 
 
 def _describe_head(head: tuple[tuple[StepRange | None, Pattern], ...]) -> str:

@@ -23,10 +23,10 @@ def say(text: str) -> None:
     people.print(text, markup=False)
 
 
-def fail(message: str, code: int = WRONG_INPUT) -> None:
-    """Print one sentence and end with `code`."""
-    people.print(f"sparsereel: {' '.join(message.split())}", markup=False, soft_wrap=True)
-    raise SystemExit(code)
+def complain(message: str, code: int = WRONG_INPUT) -> int:
+    """Print what went wrong; returns the exit code."""
+    people.print(f"sparsereel: {message.strip()}", markup=False, soft_wrap=True)
+    return code
 
 
 def emit_json(target: str | None, data: Any) -> None:

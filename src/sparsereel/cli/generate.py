@@ -29,7 +29,7 @@ def generate(
     width: Annotated[int | None, typer.Option(min=1, help="Width in pixels.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
     size: Annotated[str | None, typer.Option(help="native or large: minireel's published sizes.")] = None,
-    model: Annotated[str | None, typer.Option(help="Folder or hub id of a diffusers pipeline; default minireel.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of a pipeline; default minireel.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     backend: Annotated[str, typer.Option(help="Kernel backend; see `sparsereel doctor`.")] = "auto",
@@ -61,7 +61,13 @@ def generate(
         )
         for number, text in enumerate(texts)
     ]
-    settings = {"model": model or "minireel", "dtype": dtype, "backend": backend, "plan": plan, "compare": compare}
+    settings: dict[str, Any] = {
+        "model": model or "minireel",
+        "dtype": dtype,
+        "backend": backend,
+        "plan": plan,
+        "compare": compare,
+    }
     if resolved is not None:
         settings["plan_contents"] = resolved.to_dict()
     jobs: list[Job] = plan_jobs(requests, output, settings, folder=prompts is not None)

@@ -12,6 +12,7 @@ from sparsereel.cli import console
 from sparsereel.cli.doctor import doctor
 from sparsereel.cli.generate import generate
 from sparsereel.cli.inspect import inspect
+from sparsereel.cli.models import models
 
 app = typer.Typer(
     name="sparsereel",
@@ -23,44 +24,72 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(inspect)
+app.command()(models)
 app.command()(doctor)
 
 
-@app.callback(invoke_without_command=True)
-def _root(
-    context: typer.Context,
-    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
-    verbose: bool = typer.Option(False, "--verbose", "-v", help="Log every choice that is made."),
-) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("sparsereel").setLevel(logging.DEBUG if verbose else logging.WARNING)
-    logging.getLogger("sparsereel_kernels").setLevel(logging.DEBUG if verbose else logging.WARNING)
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         import sparsereel
 
         print(f"sparsereel {sparsereel.__version__}")
         raise typer.Exit
 
 
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+    ),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Log every choice that is made."),
+) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for name in ("sparsereel", "sparsereel_kernels"):
+        logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.WARNING)
+
+
 def main() -> None:
     """Entry point of the `sparsereel` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; returns its exit code. Every expected failure is one sentence on stderr."""
     from sparsereel_kernels import BackendUnavailable
 
+    command = typer.main.get_command(app)
     try:
-        app()
-    except KeyboardInterrupt:
-        console.fail("interrupted; finished files are kept, run the same command again to go on", console.INTERRUPTED)
+        # standalone_mode would end the process itself, and print usage errors in its own way.
+        code = command.main(args=arguments, prog_name="sparsereel", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        text = "interrupted; finished files are kept, run the same command again to go on"
+        return console.complain(text, console.INTERRUPTED)
+    except typer.Exit as stop:
+        return stop.exit_code
     except BackendUnavailable as error:
-        console.fail(str(error), console.MISSING)
+        return console.complain(str(error), console.MISSING)
     except ModuleNotFoundError as error:
-        console.fail(f"the package {error.name!r} is needed for this command; install it with pip", console.MISSING)
+        text = f"the package {error.name!r} is needed for this command; install it with pip"
+        return console.complain(text, console.MISSING)
     except ValueError as error:
-        console.fail(str(error))
+        return console.complain(str(error))
     except MemoryError:
-        console.fail("out of memory; a smaller --frames, --height or --width needs less", console.MISSING)
+        text = "out of memory; a smaller --frames, --height or --width needs less"
+        return console.complain(text, console.MISSING)
     except BrokenPipeError:
         # The reader of our output went away (`| head`): not an error, but Python would print one at exit.
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         name = f" {error.filename}" if error.filename else ""
-        console.fail(f"the system refused{name}: {error.strerror or error}")
+        return console.complain(f"the system refused{name}: {error.strerror or error}")
+    except Exception as error:
+        if _is_usage_error(error):
+            return console.complain(error.format_message())  # type: ignore[attr-defined]
+        raise
+
+
+def _is_usage_error(error: Exception) -> bool:
+    """Whether the command line itself was wrong: typer carries its own copy of click's exceptions."""
+    return hasattr(error, "format_message")

@@ -3,8 +3,8 @@
 Two seams:
 
 * *dispatch*: models whose processors call `dispatch_attention_fn`. One pseudo-member `sparsereel` of the enum
-  `AttentionBackendName` is entered in diffusers' registry while anything is sparsified; a processor that names it as its
-  `_attention_backend` gets its q, k, v (B, S, H, D, after rotary embedding) handed to `dispatched_attention`.
+  `AttentionBackendName` is entered in diffusers' registry while anything is sparsified; a processor that names it as
+  its `_attention_backend` gets its q, k, v (B, S, H, D, after rotary embedding) handed to `dispatched_attention`.
 * *sdpa*: older processors that call `F.scaled_dot_product_attention` themselves. A `TorchFunctionMode`, active only
   inside such a processor's call, hands q, k, v (B, H, S, D) on.
 
@@ -17,12 +17,13 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+
+from sparsereel.sparse_layer import Call
 
 logger = logging.getLogger("sparsereel")
 
@@ -33,20 +34,8 @@ KNOWN_TO_WORK = "0.41 and 0.42"
 class Layer(Protocol):
     """What a seam needs of a replaced layer."""
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        attn_mask: Any,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float | None,
-        refuse: str | None,
-        dense: Callable[[], torch.Tensor],
-    ) -> torch.Tensor:
-        """Attention over (B, H, S, D); `dense()` runs the attention that the layer had before."""
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
+        """Attention over (B, H, S, D)."""
         ...
 
 
@@ -102,18 +91,26 @@ def dispatched_attention(
         refuse = "context parallelism is enabled on the model"
     elif _scores_are_skipped():
         refuse = "a guider replaces the attention scores in this pass"
-    out = layer.attend(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
+    call = Call(
         attn_mask=attn_mask,
         dropout_p=dropout_p,
         is_causal=is_causal,
         scale=scale,
         refuse=refuse,
         dense=lambda: dense().transpose(1, 2),
+        free_choice=backend is None and _default_is_native(),
     )
+    out = layer.attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), call)
     return out.transpose(1, 2)
+
+
+def _default_is_native() -> bool:
+    """Whether diffusers' own default backend is torch's attention, not one that the user chose globally."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    if torch.compiler.is_compiling():
+        return True
+    return _AttentionBackendRegistry.get_active_backend()[0] == AttentionBackendName.NATIVE
 
 
 def _scores_are_skipped() -> bool:
@@ -205,17 +202,16 @@ def _sdpa_to_layer(
         finally:
             ACTIVE.in_dense = False
 
-    return ACTIVE.layer.attend(
-        query,
-        key,
-        value,
+    call = Call(
         attn_mask=attn_mask,
         dropout_p=dropout_p,
         is_causal=is_causal,
         scale=scale,
         refuse="a guider replaces the attention scores in this pass" if _scores_are_skipped() else None,
         dense=dense,
+        free_choice=True,
     )
+    return ACTIVE.layer.attend(query, key, value, call)
 
 
 # ------------------------------------------------------------------ processors
@@ -225,7 +221,7 @@ def replace_processor(module: Any, layer: Layer, seam: str) -> Any:
     """Give `module` a copy of its processor that announces `layer`; returns the original processor."""
     original = module.processor
     clone = copy.copy(original)
-    clone.__class__ = _subclass(type(original), seam)
+    clone.__class__ = _subclass(type(original), seam)  # type: ignore[arg-type]
     clone.sparsereel_layer = layer
     clone.sparsereel_dense_backend = getattr(original, "_attention_backend", None)
     module.processor = clone
@@ -238,9 +234,8 @@ def put_back_processor(module: Any, original: Any) -> None:
     if not is_replaced(current):
         # The user (or `fuse_qkv_projections`) installed another processor since: theirs stays.
         return
-    if hasattr(type(original), "_attention_backend") and current.sparsereel_dense_backend is not None:
-        original._attention_backend = current.sparsereel_dense_backend
-    elif "_attention_backend" in vars(original):
+    set_meanwhile = hasattr(type(original), "_attention_backend") and current.sparsereel_dense_backend is not None
+    if set_meanwhile or "_attention_backend" in vars(original):
         original._attention_backend = current.sparsereel_dense_backend
     module.processor = original
 
@@ -257,7 +252,7 @@ def _subclass(base: type, seam: str) -> type:
     The wrapped signature matters: `Attention.forward` reads it and silently drops keyword arguments that it does not
     find there, such as `image_rotary_emb`.
     """
-    original_call = base.__call__  # type: ignore[operator]
+    original_call = base.__call__
 
     @functools.wraps(original_call)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -304,7 +299,8 @@ def check_versions() -> None:
         registry, names = module._AttentionBackendRegistry, module.AttentionBackendName
         for table in ("_backends", "_constraints", "_supported_arg_names", "_supports_context_parallel"):
             getattr(registry, table)
-        names._member_map_, names._value2member_map_
+        for table in ("_member_map_", "_value2member_map_"):
+            getattr(names, table)
         REGISTRATION.acquire()
         try:
             q = torch.zeros(1, 2, 1, 8)

@@ -32,7 +32,7 @@ class Wan(Family):
         latents = arguments.get("hidden_states")
         if latents is None or latents.ndim != 5:
             return None
-        patch = model.config.patch_size  # type: ignore[union-attr]
+        patch: tuple[int, int, int] = model.config.patch_size  # type: ignore[union-attr,assignment]
         return video(latents.shape[2] // patch[0], latents.shape[3] // patch[1], latents.shape[4] // patch[2])
 
     def install_order(self, model: nn.Module, runtime: OrderSource) -> list[Any]:

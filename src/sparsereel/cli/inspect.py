@@ -1,0 +1,82 @@
+"""`sparsereel inspect`: what a plan does on a grid, layer by layer, before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sparsereel.cli import console
+
+if TYPE_CHECKING:
+    from sparsereel.grid import TokenGrid
+    from sparsereel.inspection import Inspection
+
+
+def inspect(
+    plan: Annotated[str, typer.Argument(help="Preset name or plan file.")],
+    size: Annotated[str | None, typer.Option(help="native or large: minireel's published sizes.")] = None,
+    grid: Annotated[str | None, typer.Option(help="Tokens after patchify, such as 21x30x52.")] = None,
+    text: Annotated[int, typer.Option(min=0, help="Text tokens after the video, in joint attention.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the run.")] = 20,
+    model: Annotated[str | None, typer.Option(help="Folder of a diffusers pipeline; default minireel.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG of density by layer and head.")] = None,
+    json: Annotated[str | None, typer.Option("--json", help="Write the result as JSON here, or - for stdout.")] = None,
+) -> None:
+    """Density and attention FLOPs of a plan, without running the model."""
+    from sparsereel import inspection, minireel
+    from sparsereel.presets import resolve_plan
+
+    resolved = resolve_plan(plan)
+    folder = minireel.WEIGHTS if model in (None, "minireel") else Path(str(model)).expanduser()
+    tokens = _grid_of(grid, size, text, default=model in (None, "minireel"))
+    found = inspection.inspect_plan(resolved, tokens, inspection.architecture_of(folder), steps=steps)
+    if plot is not None:
+        inspection.plot(found, plot)
+    _print(found)
+    if plot is not None:
+        console.say(f"wrote {plot}")
+    console.emit_json(json, found.to_dict())
+
+
+def _grid_of(grid: str | None, size: str | None, text: int, *, default: bool) -> TokenGrid:
+    from sparsereel import minireel
+    from sparsereel.grid import TokenGrid
+
+    if grid is not None and size is not None:
+        raise ValueError("give either --grid or --size, not both")
+    if grid is not None:
+        try:
+            frames, height, width = (int(part) for part in grid.lower().split("x"))
+        except ValueError:
+            raise ValueError(f"--grid must be FRAMESxHEIGHTxWIDTH, such as 21x30x52, got {grid!r}") from None
+        return TokenGrid(frames, height, width, text)
+    if size is None and not default:
+        raise ValueError("with --model give --grid FRAMESxHEIGHTxWIDTH: tokens after patchify")
+    sizes = {"native": minireel.NATIVE, "large": minireel.LARGE}
+    chosen = sizes.get(size or "large")
+    if chosen is None:
+        raise ValueError(f"unknown size {size!r}; allowed: {', '.join(sizes)}")
+    return TokenGrid((chosen.frames - 1) // 4 + 1, chosen.height // 8, chosen.width // 8, text)
+
+
+def _print(found: Inspection) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("layer", "heads", "does", "density", "tokens", "GFLOP"):
+        table.add_column(name, justify="left" if name in ("heads", "does") else "right")
+    for group in found.groups:
+        heads = "all" if len(group.heads) == found.heads else ",".join(map(str, group.heads))
+        shares = (f"{group.density:.3f}", f"{group.token_density:.3f}")
+        table.add_row(str(group.layer), heads, group.does, *shares, f"{group.flops / 1e9:.2f}")
+    console.say(f"plan {found.plan}")
+    console.say(f"grid {found.grid}: {found.tokens} tokens, {found.steps} steps, tile order {found.tile or 'not used'}")
+    console.people.print(table)
+    console.say(
+        f"density {found.density:.3f}: {found.flops / 1e9:.2f} of {found.dense_flops / 1e9:.2f} GFLOP of attention "
+        "a forward pass, mean over the steps"
+    )
+    if found.note:
+        console.say(found.note)

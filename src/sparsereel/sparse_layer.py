@@ -1,0 +1,190 @@
+"""One replaced self-attention layer: takes q, k, v from a seam, asks the runtime what to do, and keeps count."""
+
+from __future__ import annotations
+
+import copy
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsereel.families.layout import Layout
+from sparsereel.padding import bias_of
+from sparsereel.plan import LayerPlan
+from sparsereel_kernels import BlockMask, dispatch, run, sparse_attention
+
+if TYPE_CHECKING:
+    from sparsereel.runtime import ModelRuntime
+
+#: layers by slot number; compiled graphs name layers by it
+LAYERS: weakref.WeakValueDictionary[int, SparseLayer] = weakref.WeakValueDictionary()
+_SLOTS = count(1)
+
+
+@dataclass
+class Tally:
+    """What a layer did since `sparsify`: sums over its calls."""
+
+    calls: int = 0
+    sparse_calls: int = 0
+    density: float = 0.0
+    token_density: float = 0.0
+    dense_reasons: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    backend: str | None = None
+
+    def add_sparse(self, mask: BlockMask) -> None:
+        self.calls += 1
+        self.sparse_calls += 1
+        self.density += mask.density
+        self.token_density += mask.token_density
+
+    def add_dense(self, reason: str) -> None:
+        self.calls += 1
+        self.density += 1.0
+        self.token_density += 1.0
+        self.dense_reasons[reason] = self.dense_reasons.get(reason, 0) + 1
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model asked for attention, besides q, k and v.
+
+    Attributes:
+        attn_mask, dropout_p, is_causal, scale: as `F.scaled_dot_product_attention` names them.
+        refuse: why the seam knows that this call is not to be touched.
+        dense: runs the attention that the layer had before.
+        free_choice: the user named no attention backend of their own, so dense calls may take the faster of ours.
+    """
+
+    attn_mask: Any
+    dropout_p: float
+    is_causal: bool
+    scale: float | None
+    refuse: str | None
+    dense: Callable[[], torch.Tensor]
+    free_choice: bool
+
+
+class SparseLayer:
+    """One replaced self-attention layer."""
+
+    def __init__(self, runtime: ModelRuntime, name: str, index: int, plan: LayerPlan) -> None:
+        self.runtime = runtime
+        self.name = name
+        self.index = index
+        self.plan = plan
+        self.tally = Tally()
+        self.last_mask: BlockMask | None = None
+        self.reached = False
+        self._take_slot()
+
+    def _take_slot(self) -> None:
+        number = next(_SLOTS)
+        self.slot = torch.tensor(number, dtype=torch.int64)
+        LAYERS[number] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseLayer:
+        twin = object.__new__(SparseLayer)
+        memo[id(self)] = twin
+        for key, value in vars(self).items():
+            shared = key in ("plan", "last_mask")
+            setattr(twin, key, value if shared else copy.deepcopy(value, memo))
+        # A copied model is its own: compiled graphs find layers by slot.
+        twin._take_slot()
+        return twin
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
+        """Attention of this layer; q, k, v (B, H, S, D)."""
+        refuse = call.refuse or _refusal(q, k, call)
+        layout = None if refuse else self.runtime.layer_layout(q.shape[2])
+        if refuse is None and layout is None:
+            refuse = f"{q.shape[2]} tokens do not lie on the model's token grid"
+        if torch.compiler.is_compiling():
+            return self._attend_compiled(q, k, v, call, None if refuse else layout)
+        if not self.runtime.profile:
+            return self._attend_eager(q, k, v, call, layout, refuse)
+        start = _clock(q)
+        try:
+            return self._attend_eager(q, k, v, call, layout, refuse)
+        finally:
+            self.tally.seconds += _clock(q) - start
+
+    def _attend_compiled(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, layout: Layout | None
+    ) -> torch.Tensor:
+        if layout is None:
+            return call.dense()
+        name = torch.ops.sparsereel.select_mask(self.slot, q, k, list(layout))
+        # Whether a padding mask is a plain prefix is data; a graph takes it as a bias, which needs no such test.
+        bias = bias_of(call.attn_mask)
+        return sparse_attention(q, k, v, name, scale=call.scale, modifier=bias, backend=self.runtime.backend)
+
+    def _attend_eager(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        call: Call,
+        layout: Layout | None,
+        refuse: str | None,
+    ) -> torch.Tensor:
+        runtime = self.runtime
+        if refuse is not None or layout is None:
+            self.count_dense(refuse or "")
+            return call.dense()
+        mask = runtime.select(self, layout, q, k)
+        if mask is None and not (call.free_choice and runtime.own_dense(q)):
+            return call.dense()
+        lengths, bias = runtime.key_padding(call.attn_mask)
+        if mask is not None:
+            self.note_backend(q, k, v, mask)
+        return sparse_attention(
+            q, k, v, mask, scale=call.scale, key_lengths=lengths, modifier=bias, backend=runtime.backend
+        )
+
+    def note_backend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask) -> None:
+        """Remember which kernel this call runs on, for the report."""
+        needs_gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        problem = run.problem_of(q, k, v, mask, None, None, run.Wants(backward=needs_gradients))
+        self.tally.backend = dispatch.choose(self.runtime.backend, problem, mask).name
+
+    def count_dense(self, reason: str) -> None:
+        """A call stays dense for `reason`."""
+        self.reached = True
+        self.last_mask = None
+        self.tally.add_dense(reason)
+        self.runtime.announce(reason, self.name)
+
+    def count_sparse(self, mask: BlockMask) -> None:
+        """A call runs with `mask`."""
+        self.reached = True
+        self.last_mask = mask
+        self.tally.add_sparse(mask)
+
+
+def _refusal(q: torch.Tensor, k: torch.Tensor, call: Call) -> str | None:
+    mask = call.attn_mask
+    if call.is_causal:
+        return "the model asks for causal attention"
+    if call.dropout_p > 0:
+        return "attention dropout is on"
+    if q.shape[2] != k.shape[2]:
+        return f"{q.shape[2]} queries attend to {k.shape[2]} keys"
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor):
+        return f"the model hands a {type(mask).__name__} of its own"
+    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != 1 or mask.shape[3] != k.shape[2]:
+        return f"the model hands an attention mask of shape {tuple(mask.shape)}, not (B, 1, 1, keys)"
+    return None
+
+
+def _clock(like: torch.Tensor) -> float:
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
+    return time.perf_counter()

@@ -1,0 +1,69 @@
+"""Which order the tokens of a call are put in, so that blocks of the plan's patterns are as full as they can be.
+
+Candidates are the model's own order, the tiles that the patterns prefer, and a general one. The order that visits the
+fewest blocks over all heads wins; the model's own order wins a tie, since it costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+
+from sparsereel.families.base import layout_length
+from sparsereel.families.layout import Layout, decode
+from sparsereel.grid import Permutation, TokenGrid
+from sparsereel.mask_cache import MaskCache
+from sparsereel.patterns.base import Pattern
+
+BLOCK = (128, 64)
+#: 256 tokens: two query blocks, four key blocks
+GENERAL_TILE = (4, 8, 8)
+
+Tile = tuple[int, int, int]
+
+MASKS = MaskCache()
+
+
+@lru_cache(maxsize=64)
+def tile_order(layout: Layout, tile: Tile) -> Permutation:
+    """Tile order of a call's tokens: tokens of one 3-D tile side by side."""
+    return decode(layout).tile_order(tile)
+
+
+def best_tile(patterns: Mapping[Pattern, int], grid: TokenGrid) -> Tile | None:
+    """The tile whose order visits the fewest blocks, or None for the model's own order.
+
+    Args:
+        patterns: how many heads follow each pattern.
+    """
+    preferred = [pattern.preferred_tile(grid) for pattern in patterns]
+    tiles = dict.fromkeys([tile for tile in preferred if tile is not None] + [GENERAL_TILE])
+    best, fewest = None, _visited(patterns, grid, None)
+    for tile in tiles:
+        visited = _visited(patterns, grid, grid.tile_order(tile))
+        if visited < fewest:
+            best, fewest = tile, visited
+    return best
+
+
+def _visited(patterns: Mapping[Pattern, int], grid: TokenGrid, order: Permutation | None) -> float:
+    return sum(heads * _density(pattern, grid, order) for pattern, heads in patterns.items())
+
+
+def _density(pattern: Pattern, grid: TokenGrid, order: Permutation | None) -> float:
+    mask = MASKS.get((pattern,), grid, block=BLOCK, device=torch.device("cpu"), order=order)
+    return 1.0 if mask is None else mask.density
+
+
+@torch.library.custom_op("sparsereel::token_order", mutates_args=())
+def token_order(like: torch.Tensor, layout: list[int], tile: list[int], inverse: bool) -> torch.Tensor:
+    """int64 indices (S,) of the call's token order (or back), on the device of `like`."""
+    order = tile_order(tuple(layout), (tile[0], tile[1], tile[2]))
+    return (order.inverse if inverse else order).indices.to(like.device, copy=True)
+
+
+@token_order.register_fake
+def _(like: torch.Tensor, layout: list[int], tile: list[int], inverse: bool) -> torch.Tensor:
+    return torch.empty(layout_length(tuple(layout)), dtype=torch.int64, device=like.device)
