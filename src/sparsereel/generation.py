@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import platform
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from sparsereel.inject import PlanLike, sparsified
 from sparsereel.inject import report as report_of
 from sparsereel.media import Frames, to_uint8
 from sparsereel.report import Report
+from sparsereel.sparse_layer import clock
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,12 +58,14 @@ class Clip:
         exact: the same frames as float32 in [0, 1], before rounding; fidelity is measured on these.
         seconds: the pipeline call: text encoding, denoising and decoding.
         report: what ran in every layer; None for a dense clip.
+        attention_seconds: inside self-attention; None unless profiled.
     """
 
     frames: Frames
     exact: np.ndarray
     seconds: float
     report: Report | None
+    attention_seconds: float | None = None
 
 
 def load_pipeline(model: str | None, dtype: str, device: str) -> Any:
@@ -107,18 +113,48 @@ def _check_device(device: str) -> None:
         raise ValueError(f"device {device!r} cannot be used: {reason}") from error
 
 
-def generate(pipe: Any, request: Request, plan: PlanLike | None = None, *, backend: str = "auto") -> Clip:
+def generate(
+    pipe: Any, request: Request, plan: PlanLike | None = None, *, backend: str = "auto", profile: bool = False
+) -> Clip:
     """Generate one clip, dense (`plan` None) or with a plan; the pipeline is as before afterwards.
+
+    Args:
+        profile: also time self-attention (a GPU is synchronised around every call).
 
     Raises:
         ValueError: what the pipeline or the plan refuses.
     """
     if plan is None:
-        exact, seconds = _run(pipe, request)
-        return Clip(to_uint8(exact), exact, seconds, None)
+        clock = AttentionClock()
+        with clock if profile else nullcontext():
+            exact, seconds = _run(pipe, request)
+        return Clip(to_uint8(exact), exact, seconds, None, clock.seconds if profile else None)
     with sparsified(pipe, plan, backend=backend):
+        report_of(pipe, profile=profile)
         exact, seconds = _run(pipe, request)
-        return Clip(to_uint8(exact), exact, seconds, report_of(pipe))
+        done = report_of(pipe)
+    spent = sum(layer.seconds or 0.0 for layer in done) if profile else None
+    return Clip(to_uint8(exact), exact, seconds, done, spent)
+
+
+class AttentionClock(TorchFunctionMode):
+    """Adds up the seconds spent in torch's own attention between equally many queries and keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        query, key = (kwargs.get(name, args[i] if i < len(args) else None) for i, name in enumerate(("query", "key")))
+        if query is None or key is None or query.shape[-2] != key.shape[-2]:
+            return func(*args, **kwargs)
+        start = clock(query)
+        result = func(*args, **kwargs)
+        self.seconds += clock(query) - start
+        return result
 
 
 def _run(pipe: Any, request: Request) -> tuple[np.ndarray, float]:

@@ -17,9 +17,12 @@ from torch import nn
 from sparsereel.families import find
 from sparsereel.files import replacing
 from sparsereel.grid import Permutation, TokenGrid
-from sparsereel.patterns import Full, Pattern
+from sparsereel.patterns import Full
 from sparsereel.plan import AttentionPlan, LayerPlan
 from sparsereel.token_order import BLOCK, MASKS, best_tile
+from sparsereel_kernels import dispatch
+from sparsereel_kernels.cost import expected_share
+from sparsereel_kernels.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -181,18 +184,32 @@ def _over_steps(
         if dense or plan.schedule.dense_at(step, steps):
             pairs.append((1.0, 1.0))
             continue
-        whole = _densities(layer.at(step, steps), grid, layer.index, order)
-        over = whole is not None and whole[0] > plan.schedule.max_density
-        own = None if over else _densities((layer.at(step, steps)[head].for_head(layer.index, head),), grid, 0, order)
-        pairs.append(own or (1.0, 1.0))
+        patterns = layer.at(step, steps)
+        whole = MASKS.get(patterns, grid, block=BLOCK, layer=layer.index, order=order)
+        own = MASKS.get((patterns[head].for_head(layer.index, head),), grid, block=BLOCK, order=order)
+        dear = expected_share(whole, backend_here(grid.seq_len)) > plan.schedule.max_density
+        pairs.append((1.0, 1.0) if dear or own is None else (own.density, own.token_density))
     return sum(p[0] for p in pairs) / steps, sum(p[1] for p in pairs) / steps
 
 
-def _densities(
-    patterns: tuple[Pattern, ...], grid: TokenGrid, layer: int, order: Permutation | None
-) -> tuple[float, float] | None:
-    mask = MASKS.get(patterns, grid, block=BLOCK, layer=layer, order=order)
-    return None if mask is None else (mask.density, mask.token_density)
+def backend_here(tokens: int) -> str:
+    """Name of the backend that would run a sparse call of that length on this machine."""
+    problem = Problem(
+        device_type="cuda" if torch.cuda.is_available() else "cpu",
+        dtype=torch.bfloat16,
+        batch=1,
+        heads=1,
+        kv_heads=1,
+        q_len=tokens,
+        kv_len=tokens,
+        head_dim=64,
+        v_dim=64,
+        block=BLOCK,
+        has_partial=True,
+        modifier=None,
+        needs_backward=False,
+    )
+    return dispatch.choose("auto", problem, None).name
 
 
 def plot(inspection: Inspection, path: Path) -> None:

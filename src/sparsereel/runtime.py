@@ -12,6 +12,7 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from sparsereel.step import StepInfo, StepSource
 from sparsereel.token_order import BLOCK, MASKS, Tile, best_tile, tile_order
 from sparsereel_kernels import BlockMask, dispatch, run
 from sparsereel_kernels.attention import mask_name
+from sparsereel_kernels.cost import expected_share
 
 logger = logging.getLogger("sparsereel")
 
@@ -174,16 +176,22 @@ class ModelRuntime(OrderSource):
         mask = MASKS.get(patterns, decode(layout), block=BLOCK, device=q.device, layer=layer.index, order=order)
         if mask is None:
             return None, "the plan says full"
-        if mask.density > schedule.max_density:
-            return None, f"density {mask.density:.2f} is above the plan's max_density {schedule.max_density:g}"
+        share = expected_share(mask, self.kernel(q, mask.BLOCK_SIZE))
+        if share > schedule.max_density:
+            text = f"density {mask.density:.2f} (of tokens {mask.token_density:.2f}) costs {share:.2f} of a dense call"
+            return None, f"{text}, above the plan's max_density {schedule.max_density:g}"
         return mask, ""
+
+    def kernel(self, q: torch.Tensor, block: tuple[int, int] | None) -> str:
+        """Name of the backend that will run a call with this q (B, H, S, D)."""
+        problem = run.problem_of(q, q, q, None, None, None, run.Wants())
+        return dispatch.choose(self.backend, replace(problem, block=block), None).name
 
     def own_dense(self, q: torch.Tensor) -> bool:
         """Whether dense calls run on our kernel: on a CPU whose native kernels are there, which beat torch's own."""
         if self.backend not in ("auto", "cpu") or q.device.type != "cpu" or torch.is_grad_enabled():
             return False
-        problem = run.problem_of(q, q, q, None, None, None, run.Wants())
-        return dispatch.choose("auto", problem, None).name == "cpu"
+        return self.kernel(q, None) == "cpu"
 
     def key_padding(self, attn_mask: torch.Tensor | None) -> tuple[torch.Tensor | None, Any]:
         """(key_lengths, modifier) for a key-padding mask (B, 1, 1, keys); worked out once for all layers of a call."""

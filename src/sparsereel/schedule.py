@@ -25,7 +25,8 @@ class Schedule:
         a share
             of the steps run, rounded up. More costs time and keeps quality.
         min_tokens: Sequences shorter than this stay dense.
-        max_density: Masks that visit a larger share of blocks than this stay dense.
+        max_density: Masks that cost a larger share of a dense call than this stay dense: the share of blocks visited,
+            where the kernel pays for whole blocks; less where it skips inside them (`sparsereel_kernels.cost`).
 
     Raises:
         ValueError: a value out of range.

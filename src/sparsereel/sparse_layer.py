@@ -108,11 +108,11 @@ class SparseLayer:
             return self._attend_compiled(q, k, v, call, None if refuse else layout)
         if not self.runtime.profile:
             return self._attend_eager(q, k, v, call, layout, refuse)
-        start = _clock(q)
+        start = clock(q)
         try:
             return self._attend_eager(q, k, v, call, layout, refuse)
         finally:
-            self.tally.seconds += _clock(q) - start
+            self.tally.seconds += clock(q) - start
 
     def _attend_compiled(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, layout: Layout | None
@@ -184,7 +184,8 @@ def _refusal(q: torch.Tensor, k: torch.Tensor, call: Call) -> str | None:
     return None
 
 
-def _clock(like: torch.Tensor) -> float:
+def clock(like: torch.Tensor) -> float:
+    """Seconds on a clock, after all work queued on the device of `like` is done."""
     if like.is_cuda:
         torch.cuda.synchronize(like.device)
     return time.perf_counter()
