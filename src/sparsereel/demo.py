@@ -30,9 +30,8 @@ def main() -> None:
     result = run(options, console)
     console.print(_table(result["runs"]))
     console.print(f"end to end {result['speedup']:.2f} times faster; attention alone {result['attention_speedup']:.2f}")
-    console.print(
-        f"[{result['backend']}] {result['environment']['machine']}, {result['environment']['threads']} threads"
-    )
+    where = result["environment"]
+    console.print(f"{result['backend']} kernels, {where['machine']}, {where['threads']} threads", markup=False)
     for name in ("dense.mp4", "sparse.mp4", "contact_sheet.png", "demo.json"):
         console.print(f"wrote {options.output / name}", markup=False)
     print("done")
