@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from sparsereel import minireel
 from sparsereel.minireel import train
 from sparsereel.minireel.training import checkpoint, loop, stages, vae_stage
 from sparsereel.minireel.training.architecture import build_text_encoder, build_tokenizer, build_transformer, build_vae
+from sparsereel.minireel.training.attention import use_kernels
 from sparsereel.minireel.training.clip_sets import ClipSet, EncodedSet, encode_set, tokenise
 from sparsereel.minireel.training.flow_matching import flow_loss, predict_tokens, sample_noise_levels
 from sparsereel.minireel.training.optim import MovingAverage, Muon, orthogonalise, warm_up_and_decay
@@ -104,6 +106,30 @@ def test_kept_tokens_see_what_the_whole_model_sees():
     noise = (latents - (1 - levels.view(2, 1, 1, 1, 1)) * clean) / levels.view(2, 1, 1, 1, 1)
     expected = (stock - (noise - clean)).square().mean((1, 2, 3, 4))
     torch.testing.assert_close(flow_loss(model, clean, noise, levels, text), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_kernels_see_what_stock_attention_sees():
+    """Outputs and gradients of a model on the kernels equal those of diffusers' own attention."""
+    torch.manual_seed(0)
+    stock = build_transformer(layers=2, heads=2, head_dim=16)
+    torch.nn.init.normal_(stock.proj_out.weight)
+    ours = copy.deepcopy(stock)
+    use_kernels(ours)
+    clean, noise, text = torch.randn(2, 16, 3, 5, 7), torch.randn(2, 16, 3, 5, 7), torch.randn(2, 4, 128)
+    keep = draw_frames((3, 5, 7), 2, torch.Generator().manual_seed(0))
+    losses = [flow_loss(model, clean, noise, torch.tensor([0.2, 0.9]), text, keep) for model in (ours, stock)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.sum().backward()
+    for mine, theirs in zip(ours.blocks.parameters(), stock.blocks.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4 * theirs.grad.abs().max().item())
+
+
+def test_the_kernels_refuse_other_attention():
+    model = build_transformer(layers=1, heads=2, head_dim=16)
+    use_kernels(model)
+    with pytest.raises(ValueError, match="self-attention with rotary"):
+        model.blocks[0].attn1(torch.randn(1, 4, 32), torch.randn(1, 3, 32))
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -59,7 +59,7 @@ class Stage:
 
 TRANSFORMER = Stage(
     "transformer",
-    minutes=75,
+    minutes=65,
     portions=(
         Portion(SMALL, batch=24, share=0.3, shift=3.0),
         Portion(NATIVE, batch=4, share=0.4, long_text=0.15),
@@ -71,13 +71,14 @@ TRANSFORMER = Stage(
 )
 LARGE = Stage(
     "large",
-    minutes=20,
+    minutes=26,
     portions=(
-        Portion(NATIVE, batch=4, share=0.35, long_text=0.1),
-        Portion(NATIVE_PAIRS, batch=4, share=0.3, long_text=0.1),
-        Portion(LONG, batch=2, share=0.35, keep_frames=10),
+        Portion(NATIVE, batch=4, share=0.28, long_text=0.1),
+        Portion(NATIVE_PAIRS, batch=4, share=0.22),
+        Portion(LONG, batch=2, share=0.25, keep_frames=10, shift=6.0),
+        Portion(LONG, batch=1, share=0.25, keep_frames=20, shift=7.0),
     ),
-    muon_rate=5e-4,
-    adamw_rate=2e-4,
-    hold=0.25,
+    muon_rate=8e-4,
+    adamw_rate=3e-4,
+    hold=0.3,
 )
