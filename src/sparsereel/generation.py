@@ -90,8 +90,9 @@ def load_pipeline(model: str | None, dtype: str, device: str) -> Any:
         pipe = DiffusionPipeline.from_pretrained(
             str(folder.expanduser()) if folder.exists() else model, torch_dtype=DTYPES[dtype], use_safetensors=True
         )
-    except OSError as error:
-        first = str(error).strip().splitlines()[0]
+    except (OSError, KeyError, AttributeError, TypeError) as error:
+        # diffusers has no error of its own for a folder that is not what it claims to be.
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"could not load the model {model!r}: {first}") from error
     return pipe.to(device)
 

@@ -20,7 +20,7 @@ people = Console(stderr=True, highlight=False)
 
 def say(text: str) -> None:
     """One line for people; square brackets are printed as they are."""
-    people.print(text, markup=False)
+    people.print(text, markup=False, soft_wrap=True)
 
 
 def complain(message: str, code: int = WRONG_INPUT) -> int:

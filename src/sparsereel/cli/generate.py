@@ -9,6 +9,8 @@ import typer
 
 from sparsereel.cli import console
 
+_LISTED = 8  # paths named one by one
+
 Json = Annotated[str | None, typer.Option("--json", help="Write the result as JSON to this path, or - for stdout.")]
 
 
@@ -103,7 +105,7 @@ def _print_table(results: list[dict[str, Any]]) -> None:
     for result in results:
         for row in result["runs"]:
             table.add_row(
-                str(result["output"]),
+                Path(result["output"]).name,
                 row["attention"],
                 f"{row['seconds']:.1f}",
                 f"{row['density']:.3f}",
@@ -111,6 +113,10 @@ def _print_table(results: list[dict[str, Any]]) -> None:
                 _number(row.get("ssim"), ".4f"),
             )
     console.people.print(table)
+    for result in results[:_LISTED]:
+        console.say(f"wrote {result['output']}, {result['sheet']}")
+    if len(results) > _LISTED:
+        console.say(f"and {len(results) - _LISTED} more clips beside them")
     speedups = [result["speedup"] for result in results if result.get("speedup")]
     if speedups:
         console.say(f"speed-up end to end: {sum(speedups) / len(speedups):.2f}x")

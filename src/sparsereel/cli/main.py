@@ -61,10 +61,10 @@ def run(arguments: list[str]) -> int:
     try:
         # standalone_mode would end the process itself, and print usage errors in its own way.
         code = command.main(args=arguments, prog_name="sparsereel", standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        # typer turns Ctrl-C into this code by itself.
+        return _interrupted() if code == console.INTERRUPTED else code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        text = "interrupted; finished files are kept, run the same command again to go on"
-        return console.complain(text, console.INTERRUPTED)
+        return _interrupted()
     except typer.Exit as stop:
         return stop.exit_code
     except BackendUnavailable as error:
@@ -88,6 +88,11 @@ def run(arguments: list[str]) -> int:
         if _is_usage_error(error):
             return console.complain(error.format_message())  # type: ignore[attr-defined]
         raise
+
+
+def _interrupted() -> int:
+    text = "interrupted; finished files are kept, run the same command again to go on"
+    return console.complain(text, console.INTERRUPTED)
 
 
 def _is_usage_error(error: Exception) -> bool:
