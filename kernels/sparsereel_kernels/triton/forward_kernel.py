@@ -1,0 +1,234 @@
+"""Forward: online softmax over a row's lists, full blocks first and unmasked, then the partial ones.
+
+One program owns one tile of queries of one head, so nothing is added up between programs. Logits are kept in base 2:
+s2 = log2(e) * scale * q k^T. A row's list has two stretches: *clean* entries, full blocks that lie wholly inside the
+sample's keys, and *edge* entries: the partial blocks, and the last full block where the keys end inside it.
+"""
+
+# Arguments of kernels are tensors of the compiler, which have no types here.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .primitives import (
+    LN2,
+    LOG2E,
+    allowed_by_bits,
+    bias_of_keys,
+    count_below,
+    frames_of_keys,
+    frames_of_queries,
+    head_offset,
+    load_rows,
+    modified,
+    place_of,
+    product,
+    store_rows,
+    wide,
+)
+
+# Sizes that change from call to call: a kernel for every divisor of theirs would be compiled again and again.
+SIZES = ["batch", "heads", "group", "q_len", "kv_len", "mask_batch", "mask_heads", "max_full", "max_part", "table_size"]
+
+
+@triton.jit
+def key_limit(lengths_ptr, b, kv_len, S: tl.constexpr):
+    """Keys that sample b sees."""
+    limit = kv_len
+    if S.LENGTHS:
+        limit = tl.minimum(tl.maximum(tl.load(lengths_ptr + b).to(tl.int32), 0), kv_len)
+    return limit
+
+
+@triton.jit
+def without_cut_block(index_ptr, full, BLOCK: tl.constexpr, limit, RAGGED: tl.constexpr):
+    """`full` less the last block if it reaches over `limit`; 0 where tiles reach over the end of every block."""
+    if RAGGED:
+        clean = full * 0
+    else:
+        last = tl.load(index_ptr + full - 1, mask=full > 0, other=0)
+        clean = full - ((full > 0) & (wide(last + 1) * BLOCK > limit)).to(tl.int32)
+    return clean
+
+
+@triton.jit
+def stretches(lists, row, max_full, limit, S: tl.constexpr):
+    """(clean, full, partial): entries of the clean stretch, of all full ones inside `limit`, and of partial ones."""
+    part = limit * 0
+    if S.DENSE:
+        full = tl.cdiv(limit, S.BLOCK_K)
+        clean = limit // S.BLOCK_K
+    else:
+        index_ptr = lists.full_index + wide(row) * max_full
+        full = tl.load(lists.full_count + row)
+        if S.PARTIAL:
+            part = tl.load(lists.part_count + row)
+        if S.LENGTHS:
+            full = count_below(index_ptr, full, tl.cdiv(limit, S.BLOCK_K))
+        clean = without_cut_block(index_ptr, full, S.BLOCK_K, limit, S.RAGGED_K)
+    return clean, full, part
+
+
+@triton.jit
+def clean_entry(lists, row, n, max_full, S: tl.constexpr):
+    """Key block of the n-th clean entry."""
+    block = n
+    if not S.DENSE:
+        block = tl.load(lists.full_index + wide(row) * max_full + n)
+    return block
+
+
+@triton.jit
+def edge_entry(lists, row, n, clean, part, max_full, max_part, S: tl.constexpr):
+    """(block, tile, is_partial) of the n-th edge entry: partial blocks first, then the cut full ones."""
+    is_partial = n < part
+    tile = n * 0
+    if S.DENSE:
+        block = clean + n
+    else:
+        full_ptr = lists.full_index + wide(row) * max_full + clean + (n - part)
+        block = tl.load(full_ptr, mask=n >= part, other=0)
+        if S.PARTIAL:
+            at = wide(row) * max_part + n
+            block += tl.load(lists.part_index + at, mask=is_partial, other=0)
+            tile = tl.load(lists.part_tile + at, mask=is_partial, other=0)
+    return block, tile, is_partial
+
+
+@triton.jit
+def pairs_allowed(lists, tile, is_partial, row_in_block, first_column, start, limit, S: tl.constexpr):
+    """bool [TILE_M, TILE_N] of an edge entry's tile."""
+    offs_n = tl.arange(0, S.TILE_N)
+    seen = start + offs_n < limit
+    if S.RAGGED_K:
+        seen = seen & (first_column + offs_n < S.BLOCK_K)
+    allowed = tl.broadcast_to(seen[None, :], [S.TILE_M, S.TILE_N])
+    if S.PARTIAL:
+        allowed = allowed & allowed_by_bits(lists.bits, tile, is_partial, row_in_block, first_column, S, False)
+    return allowed
+
+
+@triton.jit
+def softmax_step(b_s, peak, total):
+    """Weights of one tile of logits under the new row maximum, that maximum, the sum, and how the old sum shrinks."""
+    new_peak = tl.maximum(peak, tl.max(b_s, 1))
+    # A row that has seen no key yet has the maximum -inf, and -inf - -inf is NaN.
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    b_p = tl.exp2(b_s - base[:, None])
+    shrink = tl.exp2(peak - base)
+    return b_p, new_peak, total * shrink + tl.sum(b_p, 1), shrink
+
+
+@triton.jit
+def plain_softmax_step(b_s, scale, peak, total, S: tl.constexpr):
+    """The same for unscaled logits of a clean tile without modifier: the scale goes into the exponential's FMA."""
+    tile_peak = tl.max(b_s, 1) if S.POSITIVE else tl.min(b_s, 1)
+    new_peak = tl.maximum(peak, tile_peak * scale)
+    b_p = tl.exp2(b_s * scale - new_peak[:, None])
+    shrink = tl.exp2(peak - new_peak)
+    return b_p, new_peak, total * shrink + tl.sum(b_p, 1), shrink
+
+
+@triton.jit
+def attend_to_tile(state, b_q, k, v, bases, b, h, kv_h, start, limit, scale, allowed, modifying, frame_q, kv_len,
+                   table_size, EDGE: tl.constexpr, S: tl.constexpr):  # fmt: skip
+    """One tile of keys: the new (acc, peak, total)."""
+    acc, peak, total = state
+    b_k = load_rows(k, bases[0], b, kv_h, start, limit, S.TILE_N, S.D, S.WIDTH, EDGE, S.TMA, S)
+    b_s = product(b_q, tl.trans(b_k), None, S.PRECISION)  # [TILE_M, TILE_N]
+    if EDGE or S.MODIFIER != "none":
+        offs_n = start + tl.arange(0, S.TILE_N)
+        frame_k = frames_of_keys(modifying, offs_n, kv_len, S)
+        bias = bias_of_keys(modifying, b, h, offs_n, kv_len, S)
+        b_s, _ = modified(b_s * scale, modifying, frame_q[:, None], frame_k[None, :], bias[None, :], table_size, S)
+        if EDGE:
+            b_s = tl.where(allowed, b_s, float("-inf"))
+        b_p, peak, total, shrink = softmax_step(b_s, peak, total)
+    else:
+        b_p, peak, total, shrink = plain_softmax_step(b_s, scale, peak, total, S)
+    b_v = load_rows(v, bases[1], b, kv_h, start, limit, S.TILE_N, S.DV, S.V_WIDTH, EDGE, S.TMA, S)
+    if EDGE and S.LENGTHS and S.TMA:
+        # Padded values may hold anything, also NaN, which a weight of 0 would let through.
+        b_v = tl.where((start + tl.arange(0, S.TILE_N) < limit)[:, None], b_v, 0.0)
+    acc = product(b_p.to(b_v.dtype), b_v, acc * shrink[:, None], S.PRECISION)
+    return acc, peak, total
+
+
+@triton.jit(do_not_specialize=[*SIZES, "q_blocks"])
+def forward_kernel(q, k, v, out, lse_ptr, lists, lengths_ptr, modifying, scale, batch, heads, group, q_len, kv_len,
+                   q_blocks, mask_batch, mask_heads, max_full, max_part, table_size, S: tl.constexpr):  # fmt: skip
+    """out and lse of one tile of queries (of one part of its list if SPLITS > 1; merge_kernel then joins the parts)."""
+    pid = tl.program_id(0)
+    split = pid % S.SPLITS
+    unit = pid // S.SPLITS
+    b, h, i = place_of(unit // S.TILES_Q, lists.order, mask_batch * mask_heads * q_blocks, q_blocks, mask_heads, heads)
+    kv_h = h // group
+    row = (tl.minimum(b, mask_batch - 1) * mask_heads + tl.minimum(h, mask_heads - 1)) * q_blocks + i
+    row_in_block = (unit % S.TILES_Q) * S.TILE_M + tl.arange(0, S.TILE_M)
+    first = i * S.BLOCK_Q + (unit % S.TILES_Q) * S.TILE_M
+    offs_m = first + tl.arange(0, S.TILE_M)
+    limit = key_limit(lengths_ptr, b, kv_len, S)
+    b_q = load_rows(q, head_offset(q, b, h, S), b, h, first, q_len, S.TILE_M, S.D, S.WIDTH, True, False, S)
+    frame_q = frames_of_queries(modifying, offs_m, q_len, S)
+    bases = (head_offset(k, b, kv_h, S), head_offset(v, b, kv_h, S))
+    if S.TMA:
+        bases = (0, 0)
+    acc = tl.zeros([S.TILE_M, S.V_WIDTH], tl.float32)
+    peak = tl.full([S.TILE_M], float("-inf"), tl.float32)
+    total = tl.zeros([S.TILE_M], tl.float32)
+    clean, full, part = stretches(lists, row, max_full, limit, S)
+    tiles = clean * S.TILES_K
+    for t in tl.range(tiles * split // S.SPLITS, tiles * (split + 1) // S.SPLITS):
+        start = clean_entry(lists, row, t // S.TILES_K, max_full, S) * S.BLOCK_K + (t % S.TILES_K) * S.TILE_N
+        acc, peak, total = attend_to_tile((acc, peak, total), b_q, k, v, bases, b, h, kv_h, start, limit, scale, None,
+                                          modifying, frame_q, kv_len, table_size, False, S)  # fmt: skip
+    tiles = (part + full - clean) * S.TILES_K
+    for t in tl.range(tiles * split // S.SPLITS, tiles * (split + 1) // S.SPLITS):
+        j, tile, is_partial = edge_entry(lists, row, t // S.TILES_K, clean, part, max_full, max_part, S)
+        first_column = (t % S.TILES_K) * S.TILE_N
+        start = j * S.BLOCK_K + first_column
+        allowed = pairs_allowed(lists, tile, is_partial, row_in_block, first_column, start, limit, S)
+        acc, peak, total = attend_to_tile((acc, peak, total), b_q, k, v, bases, b, h, kv_h, start, limit, scale,
+                                          allowed, modifying, frame_q, kv_len, table_size, True, S)  # fmt: skip
+    seen = total > 0
+    b_out = tl.where(seen[:, None], acc / tl.where(seen, total, 1.0)[:, None], 0.0)
+    b_lse = tl.where(seen, (peak + tl.log2(tl.where(seen, total, 1.0))) * LN2, float("-inf"))
+    ok = (row_in_block < S.BLOCK_Q) & (offs_m < q_len)
+    # Parts lie one after the other as further samples.
+    at = b + split * batch
+    store_rows(out, head_offset(out, at, h, S), first, b_out, ok, S.TILE_M, S.DV, S.V_WIDTH, S)
+    tl.store(lse_ptr + (wide(at) * heads + h) * q_len + offs_m, b_lse, mask=ok)
+
+
+@triton.jit(do_not_specialize=["batch", "heads", "q_len"])
+def merge_kernel(parts, part_lse_ptr, out, lse_ptr, batch, heads, q_len, S: tl.constexpr):
+    """Joins the parts of rows whose lists were cut: softmax over all keys from the softmax over each part's."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(q_len, S.TILE_M)
+    first = (pid % tiles) * S.TILE_M
+    h = (pid // tiles) % heads
+    b = pid // (tiles * heads)
+    offs_m = first + tl.arange(0, S.TILE_M)
+    ok = offs_m < q_len
+    acc = tl.zeros([S.TILE_M, S.V_WIDTH], tl.float32)
+    peak = tl.full([S.TILE_M], float("-inf"), tl.float32)
+    total = tl.zeros([S.TILE_M], tl.float32)
+    for part in tl.range(0, S.SPLITS):
+        at = b + part * batch
+        b_lse = tl.load(part_lse_ptr + (wide(at) * heads + h) * q_len + offs_m, mask=ok, other=float("-inf")) * LOG2E
+        b_part = load_rows(
+            parts, head_offset(parts, at, h, S), at, h, first, q_len, S.TILE_M, S.DV, S.V_WIDTH, True, False, S
+        )
+        new_peak = tl.maximum(peak, b_lse)
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weight, shrink = tl.exp2(b_lse - base), tl.exp2(peak - base)
+        acc = acc * shrink[:, None] + b_part * weight[:, None]
+        total = total * shrink + weight
+        peak = new_peak
+    seen = total > 0
+    b_out = tl.where(seen[:, None], acc / tl.where(seen, total, 1.0)[:, None], 0.0)
+    b_lse = tl.where(seen, (peak + tl.log2(tl.where(seen, total, 1.0))) * LN2, float("-inf"))
+    store_rows(out, head_offset(out, b, h, S), first, b_out, ok, S.TILE_M, S.DV, S.V_WIDTH, S)
+    tl.store(lse_ptr + (wide(b) * heads + h) * q_len + offs_m, b_lse, mask=ok)
