@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import speed_table
+from . import cost, speed_table
 from .errors import BackendUnavailable
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ def forget() -> None:
     _automatic.cache_clear()
     _log_once.cache_clear()
     speed_table.load.cache_clear()
+    cost.load.cache_clear()
 
 
 @lru_cache(maxsize=4096)

@@ -176,7 +176,8 @@ class ModelRuntime(OrderSource):
         mask = MASKS.get(patterns, decode(layout), block=BLOCK, device=q.device, layer=layer.index, order=order)
         if mask is None:
             return None, "the plan says full"
-        share = expected_share(mask, self.kernel(q, mask.BLOCK_SIZE))
+        kernel = self.kernel(q, mask.BLOCK_SIZE)
+        share = expected_share(mask, kernel, device_type=q.device.type, dtype=q.dtype, head_dim=q.shape[-1])
         if share > schedule.max_density:
             text = f"density {mask.density:.2f} (of tokens {mask.token_density:.2f}) costs {share:.2f} of a dense call"
             return None, f"{text}, above the plan's max_density {schedule.max_density:g}"

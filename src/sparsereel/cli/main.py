@@ -9,6 +9,7 @@ import sys
 import typer
 
 from sparsereel.cli import console
+from sparsereel.cli.bench import app as bench
 from sparsereel.cli.doctor import doctor
 from sparsereel.cli.generate import generate
 from sparsereel.cli.inspect import inspect
@@ -26,6 +27,7 @@ app.command()(generate)
 app.command()(inspect)
 app.command()(models)
 app.command()(doctor)
+app.add_typer(bench, name="bench")
 
 
 def _print_version(wanted: bool) -> None:
