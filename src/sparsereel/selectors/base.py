@@ -7,10 +7,9 @@ calls lives in `SelectionContext.state`, never in the selector, so one selector 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,8 +20,6 @@ from sparsereel.selectors import checks
 from sparsereel.selectors.assemble import to_block_mask
 from sparsereel.selectors.partition import Partition, over_heads
 from sparsereel_kernels import BlockMask
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +39,7 @@ class Selection:
 
     def arrange(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v in the order that the mask is for."""
-        return _reorder(q, self.order_q), _reorder(k, self.order_k), _reorder(v, self.order_k)
+        return reorder(q, self.order_q), reorder(k, self.order_k), reorder(v, self.order_k)
 
     def restore(self, out: Tensor) -> Tensor:
         """The output [B, H, S, Dv] of attention over arranged tokens, back in the order of q."""
@@ -52,7 +49,8 @@ class Selection:
         return torch.empty_like(out).scatter_(2, index, out)
 
 
-def _reorder(x: Tensor, order: Tensor | None) -> Tensor:
+def reorder(x: Tensor, order: Tensor | None) -> Tensor:
+    """x [B, H, S, D] with its tokens in `order` [B or 1, H or 1, S]; None = as they are."""
     if order is None:
         return x
     return x.gather(2, order.expand(*x.shape[:3])[..., None].expand(x.shape))
@@ -150,10 +148,14 @@ class Selector:
         """
         raise NotImplementedError(f"{type(self).__name__} must define block_map(q, k, cut, scale)")
 
+    def numbers(self, cut: Partition, head_dim: int) -> int:
+        """Size of the largest table that `block_map` makes for one head; heads are taken a few at a time by it."""
+        return max(cut.counts[0] * cut.counts[1], cut.length * head_dim)
+
     def select(self, q: Tensor, k: Tensor, cut: Partition, context: SelectionContext) -> Selection:
         """The selection for all heads; methods that move tokens or remember something define this instead."""
         scale = scale_of(q, context)
-        chosen = over_heads(lambda q, k: self.block_map(q, k, cut, scale), q, k, cut.counts[0] * cut.counts[1])
+        chosen = over_heads(lambda q, k: self.block_map(q, k, cut, scale), q, k, self.numbers(cut, q.shape[3]))
         return Selection(to_block_mask(cut.finish(chosen), cut.length, cut.block))
 
     @torch.no_grad()
@@ -226,11 +228,3 @@ def ordered_fields(cls: type[Any]) -> list[Any]:
 
 def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
-
-
-def remembered(notes: dict[str, Any], key: str, make: Callable[[], T]) -> T:
-    """`notes[key]`, made when first asked for."""
-    if key not in notes:
-        notes[key] = make()
-    found: T = notes[key]
-    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -30,14 +30,18 @@ class Partition:
     Attributes:
         length: tokens of the sequence.
         block: (query, key) tokens of a block.
-        rows: bool [nQ], query blocks that see everything.
-        columns: bool [nK], key blocks that everything sees.
+        sees_all: bool [S], queries that see everything.
+        seen_by_all: bool [S], keys that everything sees.
+        rows: bool [nQ], query blocks with such a query.
+        columns: bool [nK], key blocks with such a key.
         video: int64 [V], ascending positions of the video tokens.
         valid: int64 [B or 1], tokens of each sample that are not padding.
     """
 
     length: int
     block: tuple[int, int]
+    sees_all: Tensor
+    seen_by_all: Tensor
     rows: Tensor
     columns: Tensor
     video: Tensor
@@ -61,12 +65,17 @@ class Partition:
             sink_frames: frames at the start of a video that everything sees; an image has none.
             key_lengths: [B], tokens of each sample that are not padding.
         """
-        rows, columns, video = _settled(grid, check_block(block), order, sink_frames if grid.frames > 1 else 0)
+        block = check_block(block)
+        settled = _settled(grid, block, order, sink_frames if grid.frames > 1 else 0)
         if key_lengths is None:
             valid = torch.full((1,), grid.seq_len, dtype=torch.int64, device=device)
         else:
             valid = key_lengths.to(device, torch.int64).clamp(0, grid.seq_len)
-        return cls(grid.seq_len, check_block(block), rows.to(device), columns.to(device), video.to(device), valid)
+        return cls(grid.seq_len, block, **{name: tensor.to(device) for name, tensor in settled.items()}, valid=valid)
+
+    def unsettled(self) -> Partition:
+        """The same blocks of a sequence whose tokens were moved: nothing is forced by its place."""
+        return replace(self, rows=torch.zeros_like(self.rows), columns=torch.zeros_like(self.columns))
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -144,14 +153,18 @@ def _sizes(valid: Tensor, count: int, block: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _settled(
-    grid: TokenGrid, block: tuple[int, int], order: Permutation | None, sink_frames: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows, columns, video) of a Partition, on the CPU."""
+def _settled(grid: TokenGrid, block: tuple[int, int], order: Permutation | None, sink_frames: int) -> dict[str, Tensor]:
+    """The fields of a Partition that depend on the grid alone, on the CPU."""
     frame = frames_in_order(grid, order)
     outside = frame < 0
-    video = (~outside).nonzero().flatten()
-    return _any(outside, block[0]), _any(outside | (frame < sink_frames), block[1]), video
+    seen = outside | (frame < sink_frames)
+    return {
+        "sees_all": outside,
+        "seen_by_all": seen,
+        "rows": _any(outside, block[0]),
+        "columns": _any(seen, block[1]),
+        "video": (~outside).nonzero().flatten(),
+    }
 
 
 def frames_in_order(grid: TokenGrid, order: Permutation | None) -> Tensor:

@@ -28,7 +28,10 @@ def refreshing(selector: Selector, q: Tensor, k: Tensor, context: SelectionConte
         ValueError: shapes that do not agree with each other or with the grid.
     """
     memory = context.memory(selector, q, k)
-    if memory.selection is None or _due(selector, memory, context) or _other_lengths(memory, context):
+    if memory.selection is not None and _other_lengths(memory, context):
+        memory.selection = None
+        memory.notes.clear()
+    if memory.selection is None or _due(selector, memory, context):
         memory.selection = selector(q, k, context)
         memory.step = context.step
         memory.key_lengths = None if context.key_lengths is None else context.key_lengths.clone()

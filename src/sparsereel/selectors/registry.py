@@ -6,13 +6,37 @@ from collections.abc import Mapping
 from dataclasses import MISSING
 from typing import Any
 
+from sparsereel.selectors.adaspa import Adaspa
+from sparsereel.selectors.anchor import Anchor
 from sparsereel.selectors.base import Selector, ordered_fields
+from sparsereel.selectors.biformer import Biformer
 from sparsereel.selectors.block_topk import BlockTopk
 from sparsereel.selectors.block_topp import BlockTopp
+from sparsereel.selectors.dhsa import Dhsa
+from sparsereel.selectors.hip import Hip
+from sparsereel.selectors.spargeattn import Spargeattn
+from sparsereel.selectors.sparsed import Sparsed
+from sparsereel.selectors.svg import Svg
+from sparsereel.selectors.svg2 import Svg2
+from sparsereel.selectors.vertical_slash import VerticalSlash
+from sparsereel.selectors.vsa import Vsa
+from sparsereel.selectors.xattention import Xattention
 
 CLASSES: tuple[type[Any], ...] = (
     BlockTopk,
     BlockTopp,
+    Spargeattn,
+    Xattention,
+    VerticalSlash,
+    Svg,
+    Svg2,
+    Vsa,
+    Sparsed,
+    Adaspa,
+    Hip,
+    Biformer,
+    Anchor,
+    Dhsa,
 )
 
 
