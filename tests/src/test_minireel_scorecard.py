@@ -17,11 +17,13 @@ def test_prompts_are_fixed_and_lists_start_alike():
 
 
 def test_a_sheet_has_a_row_a_clip(tmp_path):
-    clips = [np.zeros((5, 32, 48, 3), np.uint8)] * 2
-    scorecard.contact_sheet(clips, ["a red 3 on navy"] * 2, tmp_path / "new" / "sheet.png", columns=4)
-    width, height = Image.open(tmp_path / "new" / "sheet.png").size
-    assert width == 4 * (48 + 3)
-    assert height > 2 * 32
+    small, large = np.full((5, 32, 48, 3), 10, np.uint8), np.full((9, 40, 56, 3), 200, np.uint8)
+    path = tmp_path / "new" / "sheet.png"
+    scorecard.contact_sheet([small, large], ["a red 3 on navy"] * 2, path, columns=4)
+    sheet = np.asarray(Image.open(path))
+    assert sheet.shape == (14 + 32 + 3 + 14 + 40 + 3, 4 * (56 + 3), 3)
+    assert (sheet[14 : 14 + 32, :48] == 10).all()
+    assert (sheet[63 : 63 + 40, 3 * 59 : 3 * 59 + 56] == 200).all()
 
 
 def test_the_command_scores_and_writes(tmp_path, monkeypatch, capsys):

@@ -57,18 +57,17 @@ def generate(folder: Path, size: Size, prompts: list[str], dtype: torch.dtype, o
 
 
 def contact_sheet(clips: list[np.ndarray], prompts: list[str], path: Path, columns: int = 6) -> None:
-    """A PNG with a row a clip: its prompt, and `columns` frames evenly spread over it."""
+    """A PNG with a row a clip: its prompt, and `columns` frames evenly spread over it. Clips may differ in size."""
     from PIL import Image, ImageDraw
 
-    frames, height, width = clips[0].shape[:3]
     gap, title = 3, 14
-    sheet = Image.new("RGB", (columns * (width + gap), len(clips) * (height + title + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (clip, prompt) in enumerate(zip(clips, prompts, strict=True)):
-        top = row * (height + title + gap)
+    rows = [title + clip.shape[1] + gap for clip in clips]
+    sheet = Image.new("RGB", (columns * (max(clip.shape[2] for clip in clips) + gap), sum(rows)), "white")
+    draw, tops = ImageDraw.Draw(sheet), np.cumsum([0, *rows[:-1]]).tolist()
+    for top, clip, prompt in zip(tops, clips, prompts, strict=True):
         draw.text((2, top + 1), prompt, fill="black")
-        for column, frame in enumerate(np.linspace(0, frames - 1, columns).astype(int)):
-            sheet.paste(Image.fromarray(clip[frame]), (column * (width + gap), top + title))
+        for column, frame in enumerate(np.linspace(0, len(clip) - 1, columns).astype(int)):
+            sheet.paste(Image.fromarray(clip[frame]), (column * (clip.shape[2] + gap), top + title))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, optimize=True)
 
