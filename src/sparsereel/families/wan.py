@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sparsereel.families.base import Family, OrderSource, by_suffix
@@ -46,7 +47,7 @@ class Wan(Family):
             model.proj_out.register_forward_hook(hooks.projected_tokens),  # type: ignore[union-attr]
         ]
         if hasattr(model, "vace_patch_embedding"):
-            handles.append(model.vace_patch_embedding.register_forward_hook(hooks.embedded_tokens))  # type: ignore[union-attr]
+            handles.append(model.vace_patch_embedding.register_forward_hook(hooks.control_tokens))  # type: ignore[union-attr]
         return handles
 
 
@@ -62,6 +63,14 @@ class _TileOrderHooks:
         if order is None:
             return None
         return output.flatten(2).index_select(2, order).view_as(output)
+
+    def control_tokens(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        # The model fills missing frames with zeros at the end of the sequence, which is not their place in tile order.
+        order = self.runtime.call_order(output, inverse=False)
+        if order is None:
+            return None
+        missing = order.numel() // (output.shape[3] * output.shape[4]) - output.shape[2]
+        return self.embedded_tokens(module, args, F.pad(output, (0, 0, 0, 0, 0, missing)))
 
     def rotary_tables(
         self, module: nn.Module, args: Any, output: tuple[torch.Tensor, torch.Tensor]
