@@ -12,21 +12,25 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from sparsereel.families.base import Family, OrderSource, layout_length, named
 from sparsereel.families.layout import Layout, decode
+from sparsereel.grid import Permutation
+from sparsereel.launches import Choice, Launch, run_launches
 from sparsereel.padding import bias_of, lengths_of
 from sparsereel.patterns import Full
 from sparsereel.patterns.base import Pattern
 from sparsereel.plan import AttentionPlan
+from sparsereel.plan_entries import Method
+from sparsereel.selectors import SelectionContext, Selector, refreshing
 from sparsereel.sparse_layer import LAYERS, SparseLayer
 from sparsereel.step import StepInfo, StepSource
 from sparsereel.token_order import BLOCK, MASKS, Tile, best_tile, tile_order
-from sparsereel_kernels import BlockMask, dispatch, run
+from sparsereel_kernels import dispatch, run, sparse_attention
 from sparsereel_kernels.attention import mask_name
 from sparsereel_kernels.cost import expected_share
 
@@ -66,13 +70,16 @@ class ModelRuntime(OrderSource):
         self._step_known = False
         self._padding: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._announced: set[str] = set()
+        #: what selectors remember, by layer, branch and geometry
+        self.selections: dict[Any, Any] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelRuntime:
         twin = object.__new__(ModelRuntime)
         memo[id(self)] = twin
         for key, value in vars(self).items():
-            shared = key in ("model_ref", "family", "plan", "steps", "_padding")
-            setattr(twin, key, value if shared else copy.deepcopy(value, memo))
+            shared = key in ("model_ref", "family", "plan", "_padding")
+            own = {} if key == "selections" else value
+            setattr(twin, key, own if shared or key == "selections" else copy.deepcopy(value, memo))
         copied = memo.get(id(self.model_ref()))
         twin.model_ref = self.model_ref if copied is None else weakref.ref(copied)
         return twin
@@ -125,13 +132,13 @@ class ModelRuntime(OrderSource):
         if layout not in self._tiles:
             grid = decode(layout)
             enough = grid.seq_len >= self.plan.schedule.min_tokens
-            self._tiles[layout] = best_tile(self._patterns(), grid) if enough else None
+            self._tiles[layout] = best_tile(self._methods(), grid) if enough else None
         return self._tiles[layout]
 
-    def _patterns(self) -> Counter[Pattern]:
-        """How many heads of how many layers follow each pattern at some step."""
+    def _methods(self) -> Counter[Method]:
+        """How many heads of how many layers follow each pattern or selector at some step."""
         heads = [head for layer in self.layers for head in layer.plan.heads]
-        return Counter(pattern for head in heads for _, pattern in head if not isinstance(pattern, Full))
+        return Counter(method for head in heads for _, method in head if not isinstance(method, Full))
 
     # -------------------------------------------------------------- choice
 
@@ -145,19 +152,33 @@ class ModelRuntime(OrderSource):
             self._step_known = True
         return self._step
 
-    def select(self, layer: SparseLayer, layout: Layout, q: torch.Tensor, k: torch.Tensor) -> BlockMask | None:
-        """The mask for this call of `layer`, or None for dense; counted and, when new, announced."""
+    def select(
+        self,
+        layer: SparseLayer,
+        layout: Layout,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        key_lengths: torch.Tensor | None = None,
+        scale: float | None = None,
+    ) -> Choice | None:
+        """What this call of `layer` runs, or None for dense; counted and, when new, announced."""
         if _in_backward():
-            # Gradient checkpointing runs the forward again; it must see the mask that the first run saw.
-            return layer.last_mask
-        mask, reason = self._choose(layer, layout, q)
-        if mask is None:
+            # Gradient checkpointing runs the forward again; it must see the masks that the first run saw.
+            return layer.last_choice
+        step, reason = self._sparse_step(layer, layout)
+        choice = None
+        if step is not None:
+            methods = layer.plan.at(step.index, step.total)
+            choice = self._choose(_Request(layer, methods, layout, step, q, k, key_lengths, scale))
+            reason = "the plan says full" if choice is None else self._too_dear(choice, q)
+        if choice is None or reason:
             layer.count_dense(reason)
-        else:
-            layer.count_sparse(mask)
-        return mask
+            return None
+        layer.count_sparse(choice)
+        return choice
 
-    def _choose(self, layer: SparseLayer, layout: Layout, q: torch.Tensor) -> tuple[BlockMask | None, str]:
+    def _sparse_step(self, layer: SparseLayer, layout: Layout) -> tuple[StepInfo | None, str]:
+        """The step, where the schedule allows sparsity; else None and the reason."""
         schedule = self.plan.schedule
         if layer.plan.uniform_full:
             return None, "the plan says full"
@@ -168,20 +189,72 @@ class ModelRuntime(OrderSource):
         if step is None:
             if schedule.needs_step or layer.plan.needs_step:
                 return None, "the denoising step is unknown and the plan depends on it"
-            step = StepInfo(0, 1)
-        elif schedule.dense_at(step.index, step.total):
+            return StepInfo(0, 1), ""
+        if schedule.dense_at(step.index, step.total):
             return None, "dense step of the schedule"
-        patterns = layer.plan.at(step.index, step.total)
-        order = tile_order(layout, self.tile) if self.tile is not None and layout == self.layout else None
-        mask = MASKS.get(patterns, decode(layout), block=BLOCK, device=q.device, layer=layer.index, order=order)
-        if mask is None:
-            return None, "the plan says full"
-        kernel = self.kernel(q, mask.BLOCK_SIZE)
-        share = expected_share(mask, kernel, device_type=q.device.type, dtype=q.dtype, head_dim=q.shape[-1])
-        if share > schedule.max_density:
-            text = f"density {mask.density:.2f} (of tokens {mask.token_density:.2f}) costs {share:.2f} of a dense call"
-            return None, f"{text}, above the plan's max_density {schedule.max_density:g}"
-        return mask, ""
+        return step, ""
+
+    def _choose(self, asked: _Request) -> Choice | None:
+        """Launches for all heads; None where every head is full."""
+        static = {h: m for h, m in enumerate(asked.methods) if isinstance(m, Pattern)}
+        chosen: dict[Selector, list[int]] = {}
+        for head, method in enumerate(asked.methods):
+            if isinstance(method, Selector):
+                chosen.setdefault(method, []).append(head)
+        heads = len(asked.methods)
+        tiled = self.tile is not None and asked.layout == self.layout
+        order = tile_order(asked.layout, self.tile) if tiled and self.tile is not None else None
+        branch = asked.layer.branch_at(asked.step) if chosen else ""
+        launches: list[Launch] = []
+        if static:
+            patterns = tuple(p.for_head(asked.layer.index, head) for head, p in static.items())
+            grid = decode(asked.layout)
+            mask = MASKS.get(patterns, grid, block=BLOCK, device=asked.q.device, layer=asked.layer.index, order=order)
+            if mask is None and not chosen:
+                return None
+            launches.append(Launch(tuple(static) if chosen else None, mask))
+        for selector, numbers in chosen.items():
+            everyone = len(numbers) == heads
+            launches.append(self._selected(asked, selector, None if everyone else tuple(numbers), order, branch))
+        return Choice.of(launches, heads)
+
+    def _selected(
+        self, asked: _Request, selector: Selector, heads: tuple[int, ...] | None, order: Permutation | None, branch: str
+    ) -> Launch:
+        q, k = asked.q, asked.k
+        if heads is not None:
+            shared = [head * k.shape[1] // q.shape[1] for head in heads]
+            q, k = q[:, list(heads)], k[:, shared]
+        context = SelectionContext(
+            grid=decode(asked.layout),
+            block=BLOCK,
+            scale=asked.scale,
+            layer=asked.layer.index,
+            step=asked.step.index,
+            steps=asked.step.total,
+            branch=branch,
+            key_lengths=asked.key_lengths,
+            order=order,
+            heads=heads,
+            state=self.selections,
+        )
+        selection = refreshing(selector, q, k, context)
+        return Launch(heads, selection.mask, selection)
+
+    def _too_dear(self, choice: Choice, q: torch.Tensor) -> str:
+        """Why a choice is not worth running; empty where it is."""
+        limit = self.plan.schedule.max_density
+        if choice.density <= limit:
+            return ""
+        kernel = self.kernel(q, BLOCK)
+        kind: dict[str, Any] = {"device_type": q.device.type, "dtype": q.dtype, "head_dim": q.shape[-1]}
+        heads = [q.shape[1] if launch.heads is None else len(launch.heads) for launch in choice.launches]
+        shares = [expected_share(launch.mask, kernel, **kind) for launch in choice.launches]
+        share = sum(n * s for n, s in zip(heads, shares, strict=True)) / sum(heads)
+        if share <= limit:
+            return ""
+        text = f"density {choice.density:.2f} (of tokens {choice.token_density:.2f}) costs {share:.2f} of a dense call"
+        return f"{text}, above the plan's max_density {limit:g}"
 
     def kernel(self, q: torch.Tensor, block: tuple[int, int] | None) -> str:
         """Name of the backend that will run a call with this q (B, H, S, D)."""
@@ -216,22 +289,80 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-@torch.library.custom_op("sparsereel::select_mask", mutates_args=())
-def select_mask(slot: torch.Tensor, q: torch.Tensor, k: torch.Tensor, layout: list[int]) -> torch.Tensor:
-    """Name (0-d int64, CPU) of the mask that layer `slot` uses in this call; q, k (B, H, S, D).
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """One call of a layer at a step where it may be sparse."""
 
-    Runs when a compiled graph runs, where no hook has said that a new forward began: the step is looked up each time.
-    """
+    layer: SparseLayer
+    methods: tuple[Method, ...]
+    layout: Layout
+    step: StepInfo
+    q: torch.Tensor
+    k: torch.Tensor
+    key_lengths: torch.Tensor | None
+    scale: float | None
+
+
+# ------------------------------------------------------------------ ops that run when a compiled graph runs
+#
+# No hook has said there that a new forward began: the step is looked up at every call.
+
+
+def _layer_of(slot: torch.Tensor) -> SparseLayer:
     layer = LAYERS.get(int(slot))
     if layer is None:
         raise RuntimeError("a compiled graph asks for a sparse layer that no longer exists; compile the model again")
     layer.runtime._step_known = False
-    mask = layer.runtime.select(layer, tuple(layout), q, k)
-    if mask is not None:
-        layer.note_backend(q, k, k, mask)
-    return mask_name(mask).clone()
+    return layer
+
+
+@torch.library.custom_op("sparsereel::select_mask", mutates_args=())
+def select_mask(slot: torch.Tensor, q: torch.Tensor, k: torch.Tensor, layout: list[int]) -> torch.Tensor:
+    """Name (0-d int64, CPU) of the mask that layer `slot`, whose heads follow patterns, uses in this call."""
+    layer = _layer_of(slot)
+    choice = layer.runtime.select(layer, tuple(layout), q, k)
+    if choice is not None:
+        layer.note_backend(q, k, k, choice)
+    return mask_name(None if choice is None else choice.only_mask).clone()
 
 
 @select_mask.register_fake
 def _(slot: torch.Tensor, q: torch.Tensor, k: torch.Tensor, layout: list[int]) -> torch.Tensor:
     return torch.empty((), dtype=torch.int64)
+
+
+@torch.library.custom_op("sparsereel::attend_layer", mutates_args=())
+def attend_layer(
+    slot: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    scale: float | None,
+    layout: list[int],
+) -> torch.Tensor:
+    """The whole attention of layer `slot`, whose selectors may move tokens. Inference only: it has no gradient."""
+    layer = _layer_of(slot)
+    runtime = layer.runtime
+    lengths, bias = runtime.key_padding(attn_mask)
+    choice = runtime.select(layer, tuple(layout), q, k, lengths, scale)
+    options = {"scale": scale, "key_lengths": lengths, "modifier": bias, "backend": runtime.backend}
+    if choice is None:
+        out = sparse_attention(q, k, v, **options)
+    else:
+        layer.note_backend(q, k, v, choice)
+        out = run_launches(q, k, v, choice, **options)
+    return out.contiguous()
+
+
+@attend_layer.register_fake
+def _(
+    slot: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    scale: float | None,
+    layout: list[int],
+) -> torch.Tensor:
+    return q.new_empty(*q.shape[:3], v.shape[3])

@@ -6,13 +6,18 @@ call the model more than once a step and count every call, which is what `step_i
 
 from __future__ import annotations
 
+import copy
+import functools
 import sys
 import weakref
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, MethodType
 from typing import Any
 
 import torch
+
+_COUNTER = "_sparsereel_step_counter"
+_COUNTED = ("set_timesteps", "step")
 
 
 @dataclass(frozen=True)
@@ -28,20 +33,29 @@ class StepSource:
 
     def __init__(self) -> None:
         self._pipes: list[weakref.ref[Any]] = []
-        self._counters: dict[int, _StepCounter] = {}
+        self._counters: list[_StepCounter] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepSource:
+        # A model copied together with its pipeline belongs to that copy; one copied alone, to no pipeline.
+        twin = memo[id(self)] = StepSource()
+        copied = [memo[id(pipe)] for ref in self._pipes if (pipe := ref()) is not None and id(pipe) in memo]
+        twin._pipes = [weakref.ref(pipe) for pipe in copied]
+        twin._counters = copy.deepcopy(self._counters, memo) if copied else []
+        return twin
 
     def register(self, pipe: Any) -> None:
         """Remember a pipeline whose scheduler may drive the model outside the pipeline's own call."""
-        if not any(ref() is pipe for ref in self._pipes):
-            self._pipes.append(weakref.ref(pipe))
+        if any(ref() is pipe for ref in self._pipes):
+            return
+        self._pipes.append(weakref.ref(pipe))
         scheduler = getattr(pipe, "scheduler", None)
-        if scheduler is not None and not hasattr(scheduler, "step_index") and id(scheduler) not in self._counters:
-            self._counters[id(scheduler)] = _StepCounter(scheduler)
+        if scheduler is not None and not hasattr(scheduler, "step_index"):
+            self._counters.append(_StepCounter.on(scheduler))
 
     def close(self) -> None:
-        """Undo what `register` wrapped."""
-        for counter in self._counters.values():
-            counter.remove()
+        """Undo what `register` did to schedulers."""
+        for counter in self._counters:
+            counter.release()
         self._counters.clear()
         self._pipes.clear()
 
@@ -69,7 +83,7 @@ class StepSource:
             found = _step_of_loop(timesteps, frame)
             if found is not None:
                 return found
-        counter = self._counters.get(id(scheduler))
+        counter = getattr(scheduler, _COUNTER, None)
         if counter is None or counter.count is None:
             return None
         return _checked(counter.count, len(timesteps))
@@ -80,36 +94,57 @@ def _checked(index: int, total: int) -> StepInfo | None:
 
 
 class _StepCounter:
-    """Counts `step` calls of a scheduler that keeps no index; wraps the instance, never the class."""
+    """Counts `step` calls of a scheduler that keeps no index; wraps the instance, never the class.
+
+    One for each scheduler, stored on it: models that are driven by the same scheduler share the count, copies of a
+    scheduler count for themselves, and the last model to leave takes it off.
+    """
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
+        self.users = 0
         self.count: int | None = None
-        self._wrap("set_timesteps", self._started)
-        self._wrap("step", self._stepped)
+        #: what others had set on the instance
+        self.found = {name: vars(scheduler)[name] for name in _COUNTED if name in vars(scheduler)}
+        for name in _COUNTED:
+            setattr(scheduler, name, MethodType(_counted(type(scheduler), name), scheduler))
+        setattr(scheduler, _COUNTER, self)
 
-    def _wrap(self, name: str, notify: Any) -> None:
-        original = getattr(self.scheduler, name)
+    @classmethod
+    def on(cls, scheduler: Any) -> _StepCounter:
+        """The counter of `scheduler`, with one user more."""
+        counter: _StepCounter = getattr(scheduler, _COUNTER, None) or cls(scheduler)
+        counter.users += 1
+        return counter
 
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            notify()
-            return result
-
-        # Pipelines read the signature of `step` and `set_timesteps` to see what they may pass.
-        wrapped.__wrapped__ = original  # type: ignore[attr-defined]
-        setattr(self.scheduler, name, wrapped)
-
-    def _started(self) -> None:
-        self.count = 0
-
-    def _stepped(self) -> None:
-        if self.count is not None:
+    def called(self, name: str) -> None:
+        """`set_timesteps` starts a count, `step` goes on with it."""
+        if name == "set_timesteps":
+            self.count = 0
+        elif self.count is not None:
             self.count += 1
 
-    def remove(self) -> None:
-        for name in ("set_timesteps", "step"):
+    def release(self) -> None:
+        """One user less; the last one leaves the scheduler as it was found."""
+        self.users -= 1
+        if self.users:
+            return
+        for name in (*_COUNTED, _COUNTER):
             vars(self.scheduler).pop(name, None)
+        vars(self.scheduler).update(self.found)
+
+
+def _counted(cls: type, name: str) -> Any:
+    # Wrapped, because pipelines read the signature of `step` and `set_timesteps` to see what they may pass.
+    @functools.wraps(getattr(cls, name))
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        counter: _StepCounter = getattr(self, _COUNTER)
+        found = counter.found.get(name)
+        result = getattr(cls, name)(self, *args, **kwargs) if found is None else found(*args, **kwargs)
+        counter.called(name)
+        return result
+
+    return method
 
 
 def _pipeline_frame(model: torch.nn.Module) -> FrameType | None:
@@ -139,5 +174,9 @@ def _step_of_loop(timesteps: torch.Tensor, frame: FrameType) -> StepInfo | None:
     t, run = frame.f_locals.get("t"), frame.f_locals.get("timesteps")
     if t is None or not isinstance(run, torch.Tensor) or run.ndim != 1 or len(run) > len(timesteps):
         return None
-    hits = (run == t).nonzero().flatten()
-    return StepInfo(int(hits[0]), len(run)) if len(hits) == 1 else None
+    hits = (run == t).nonzero().flatten().tolist()
+    if len(hits) == 1:
+        return StepInfo(hits[0], len(run))
+    # PNDM visits a timestep twice; loops count in `i`.
+    count = frame.f_locals.get("i")
+    return StepInfo(count, len(run)) if isinstance(count, int) and count in hits else None

@@ -304,3 +304,88 @@ def dense_under(mask_of: MaskOf, grids: tuple[TokenGrid, ...]) -> Iterator[list[
 def same_mask(pattern: Any) -> MaskOf:
     """The mask of one pattern, in every layer."""
     return lambda call, grid: pattern.token_mask(grid)
+
+
+# ------------------------------------------------------------------ pipelines
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def wan_pipe(scheduler: Any, *, dtype: torch.dtype = torch.float32, **components: Any) -> tuple[Any, dict[str, Any]]:
+    """A WanPipeline without VAE and text encoder, and arguments for a call on 320 tokens with guidance."""
+    from diffusers import WanPipeline
+
+    transformer = CASES["wan"].model().to(dtype)
+    options = {"vae": None, "tokenizer": None, "text_encoder": None, **components}
+    pipe = WanPipeline(scheduler=scheduler, transformer=transformer, **options)
+    g = torch.Generator().manual_seed(9)
+    call = {
+        "prompt_embeds": torch.randn(1, TEXT, 12, generator=g).to(dtype),
+        "negative_prompt_embeds": torch.randn(1, TEXT, 12, generator=g).to(dtype),
+        "height": 128,
+        "width": 128,
+        "num_frames": 17,
+        "output_type": "latent",
+    }
+    return quiet(pipe), call
+
+
+def cogvideox_pipe(scheduler: Any, *, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Any]]:
+    """A CogVideoXPipeline without VAE and text encoder, and arguments for a call with guidance."""
+    from diffusers import CogVideoXPipeline
+
+    transformer = CASES["cogvideox"].model().to(dtype)
+    pipe = CogVideoXPipeline(scheduler=scheduler, transformer=transformer, vae=None, tokenizer=None, text_encoder=None)
+    g = torch.Generator().manual_seed(10)
+    call = {
+        "prompt_embeds": torch.randn(1, TEXT, 12, generator=g).to(dtype),
+        "negative_prompt_embeds": torch.randn(1, TEXT, 12, generator=g).to(dtype),
+        "height": 128,
+        "width": 128,
+        "num_frames": 17,
+        "max_sequence_length": TEXT,
+        "output_type": "latent",
+    }
+    return quiet(pipe), call
+
+
+def sd_pipe(
+    scheduler: Any, *, dtype: torch.dtype = torch.float32, image_to_image: bool = False
+) -> tuple[Any, dict[str, Any]]:
+    """A Stable Diffusion pipeline around the tiny U-Net, and arguments for a call with guidance."""
+    from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+
+    torch.manual_seed(11)
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4),
+        norm_num_groups=2,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    cls = StableDiffusionImg2ImgPipeline if image_to_image else StableDiffusionPipeline
+    pipe = cls(
+        scheduler=scheduler,
+        unet=CASES["unet"].model().to(dtype),
+        vae=vae.to(dtype),
+        text_encoder=None,
+        tokenizer=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    g = torch.Generator().manual_seed(12)
+    call = {
+        "prompt_embeds": torch.randn(1, TEXT, 12, generator=g).to(dtype),
+        "negative_prompt_embeds": torch.randn(1, TEXT, 12, generator=g).to(dtype),
+        "output_type": "latent",
+    }
+    if image_to_image:
+        # Four channels: taken as latents.
+        call |= {"image": torch.randn(1, 4, 18, 20, generator=g).to(dtype), "strength": 0.5}
+    else:
+        call |= {"height": 40, "width": 40}
+    return quiet(pipe), call
