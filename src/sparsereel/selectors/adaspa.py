@@ -56,26 +56,38 @@ class Adaspa(Selector):
         arguments.flag("cached", self.cached)
 
     def select(self, q: Tensor, k: Tensor, cut: Partition, context: SelectionContext) -> Selection:
-        notes = context.memory(self, q, k).notes
-        known: Tensor | None = notes.get("lse") if self.cached else None
-        scale, heads = scale_of(q, context), q.shape[1]
-        sums: list[Tensor] = []
-
-        def mass_of(q_part: Tensor, k_part: Tensor) -> Tensor:
-            done = sum(part.shape[1] for part in sums)
-            lse = None if known is None else known[:, done : done + q_part.shape[1]]
-            mass, found = block_mass(q_part, k_part, cut, scale, lse)
-            sums.append(found)
-            return mass
-
-        mass = over_heads(mass_of, q, k, cut.block[0] * cut.length)
-        if self.cached and known is None:
-            notes["lse"] = torch.cat(sums, 1)
-        counts = cut.budget(self.density).expand(q.shape[0], heads, 1)
+        mass = self._mass(q, k, cut, scale_of(q, context), context.memory(self, q, k).notes)
+        counts = cut.budget(self.density).expand(*q.shape[:2], 1)
         if self.by_head:
             counts = self._by_head(mass, counts, cut)
         chosen = top_k(mass, counts, cut.candidates)
         return Selection(to_block_mask(cut.finish(chosen), cut.length, cut.block))
+
+    def _mass(self, q: Tensor, k: Tensor, cut: Partition, scale: float, notes: dict[str, Tensor]) -> Tensor:
+        """fp32 [B, H, nQ, nK] by the lse in `notes`, which the first search puts there."""
+        numbers = cut.block[0] * cut.length
+        if not self.cached:
+            return over_heads(lambda q, k: block_mass(q, k, cut, scale), q, k, numbers)
+        known, made, done = notes.get("lse"), [], 0
+
+        def mass_of(q: Tensor, k: Tensor) -> Tensor:
+            nonlocal done
+            heads = slice(done, done + q.shape[1])
+            done = heads.stop
+            lse = q.new_empty(q.shape[:3], dtype=torch.float32) if known is None else known[:, heads]
+            made.append(lse)
+
+            def weigh(logits: Tensor, rows: slice) -> Tensor:
+                if known is None:
+                    # Rows without any competitor weigh nothing, whatever their lse.
+                    lse[:, :, rows] = logits.logsumexp(-1).clamp(min=torch.finfo(torch.float32).min)
+                return logits.sub_(lse[:, :, rows, None]).exp_()
+
+            return block_mass(q, k, cut, scale, weigh)
+
+        mass = over_heads(mass_of, q, k, numbers)
+        notes["lse"] = torch.cat(made, 1) if known is None else known
+        return mass
 
     def _by_head(self, mass: Tensor, counts: Tensor, cut: Partition) -> Tensor:
         """int64 [B, H, 1]: as many heads as can spare half of their budget hand it to those that need it most."""

@@ -49,7 +49,7 @@ class Anchor(Selector):
         (bq, bk), (nq, nk) = cut.block, cut.counts
         heads, span = q.shape[1], self.group * bq
         valid = cut.valid_tokens[:, None, None]
-        means = block_means(q, bq, cut.q_sizes, cut.valid_tokens if cut.padded else None) * scale
+        means = (block_means(q, bq, cut.q_sizes, cut.valid_tokens if cut.padded else None) * scale).to(q.dtype)
         shared = cut.columns.clone()
         shared[0] = True
         shared_tokens = shared.repeat_interleave(bk)[: cut.length].nonzero().flatten()
@@ -64,7 +64,7 @@ class Anchor(Selector):
             )
             blocks = slice(start // bq, min(start // bq + self.group, nq))
             anchors = _mean_of_rows(top, bq, cut.q_sizes[:, blocks])
-            near = (means[:, :, blocks] @ keys.transpose(-1, -2).to(means.dtype)) + self.theta >= anchors[..., None]
+            near = (means[:, :, blocks] @ keys.transpose(-1, -2)).float() >= (anchors - self.theta)[..., None]
             kept = F.pad((near & valid).any(2), (0, nk * bk - cut.length)).unflatten(2, (nk, bk)).any(3)
             kept[..., own.start // bk : -(-own.stop // bk)] = True
             chosen.append((kept | shared)[:, :, None].expand(-1, -1, blocks.stop - blocks.start, -1))

@@ -18,10 +18,11 @@ def top_k(scores: Tensor, counts: Tensor, competing: Tensor) -> Tensor:
         bool [B, H, n, m].
     """
     most = min(int(counts.max()), scores.shape[-1])
-    best = scores.masked_fill(~competing, -torch.inf).topk(most, -1).indices
+    some = not bool(competing.all())
+    best = (scores.masked_fill(~competing, -torch.inf) if some else scores).topk(most, -1).indices
     keep = torch.arange(most, device=scores.device) < counts[..., None]
-    chosen = torch.zeros_like(scores, dtype=torch.bool)
-    return chosen.scatter_(-1, best, keep.expand(best.shape)) & competing
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, keep.expand(best.shape))
+    return chosen & competing if some else chosen
 
 
 def top_p(

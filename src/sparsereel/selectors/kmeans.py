@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsereel.selectors.partition import NUMBERS_AT_ONCE
+from sparsereel.selectors.partition import numbers_at_once
 from sparsereel.selectors.segments import arrangement, segment_means
 
 
@@ -41,6 +41,6 @@ def nearest(x: Tensor, centroids: Tensor) -> Tensor:
     """int64 [B, H, S]: the nearest of [B, H, C, D] for each token; products in the dtype of x."""
     half = centroids.square().sum(-1) / 2
     turned = centroids.to(x.dtype).transpose(-1, -2)
-    at_once = max(1, NUMBERS_AT_ONCE // (4 * x.shape[0] * x.shape[1] * centroids.shape[2]))
+    at_once = max(1, numbers_at_once(x) // (x.shape[0] * x.shape[1] * centroids.shape[2]))
     parts = [((part @ turned).float() - half[:, :, None]).max(-1).indices for part in x.split(at_once, 2)]
     return torch.cat(parts, 2)

@@ -19,8 +19,10 @@ from torch import Tensor
 from sparsereel.grid import Permutation, TokenGrid
 from sparsereel_kernels.block_lists import block_counts, check_block
 
-# Numbers that a selector holds at a time in a table over blocks or tokens: 64 MiB of fp32.
-NUMBERS_AT_ONCE = 2**24
+# Numbers that a selector holds at a time in a table over blocks or tokens, where work can be cut: on a CPU few enough
+# to stay near its caches, on a GPU enough to fill it.
+NUMBERS_AT_ONCE = {"cpu": 2**22}
+NUMBERS_ELSEWHERE = 2**25
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +90,16 @@ class Partition:
         return bool((self.valid < self.length).any())
 
     @cached_property
+    def forces(self) -> bool:
+        """Whether any block is forced."""
+        return bool(self.rows.any() | self.columns.any())
+
+    @property
+    def all_compete(self) -> bool:
+        """Whether every key block is a candidate and every key is valid."""
+        return not (self.padded or self.forces)
+
+    @cached_property
     def q_sizes(self) -> Tensor:
         """int64 [B or 1, nQ] valid tokens of each query block."""
         return _sizes(self.valid, self.counts[0], self.block[0])
@@ -128,15 +140,20 @@ class Partition:
         """Forced blocks added, padding removed, and no row left empty.
 
         Args:
-            chosen: bool [B, H, nQ, nK].
+            chosen: bool [B, H, nQ, nK], changed in place.
 
         Returns:
-            A new map. A row that would be empty sees the block of its own tokens; only samples without any valid token
+            The map. A row that would be empty sees the block of its own tokens; only samples without any valid token
             keep empty rows.
         """
-        full = chosen | self.columns | self.rows[:, None]
-        full = full & self.present
-        return full | (self._own & ~full.any(-1, keepdim=True))
+        if self.forces:
+            chosen |= self.columns | self.rows[:, None]
+        if self.padded:
+            chosen &= self.present
+        empty = ~chosen.any(-1, keepdim=True)
+        if empty.any():
+            chosen |= self._own & empty
+        return chosen
 
     @cached_property
     def _own(self) -> Tensor:
@@ -186,6 +203,11 @@ def _any(tokens: Tensor, block: int) -> Tensor:
     return F.pad(tokens, (0, count * block - tokens.numel())).view(count, block).any(1)
 
 
+def numbers_at_once(x: Tensor) -> int:
+    """How many numbers a table on the device of `x` may hold at a time."""
+    return NUMBERS_AT_ONCE.get(x.device.type, NUMBERS_ELSEWHERE)
+
+
 def over_heads(call: Callable[[Tensor, Tensor], Tensor], q: Tensor, k: Tensor, numbers: int) -> Tensor:
     """`call(q, k)` for as many heads at a time as keep tables small, put together along the heads.
 
@@ -195,7 +217,7 @@ def over_heads(call: Callable[[Tensor, Tensor], Tensor], q: Tensor, k: Tensor, n
     """
     heads, groups = q.shape[1], k.shape[1]
     ratio = heads // groups
-    at_once = max(1, NUMBERS_AT_ONCE // max(1, numbers * q.shape[0] * ratio))
+    at_once = max(1, numbers_at_once(q) // max(1, numbers * q.shape[0] * ratio))
     if at_once >= groups:
         return call(q, k)
     parts = (

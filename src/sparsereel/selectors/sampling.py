@@ -38,4 +38,4 @@ def sampled_attention(q: Tensor, k: Tensor, positions: Tensor, cut: Partition, s
         logits = (stacked @ k.transpose(-1, -2)).unflatten(2, (ratio, -1)).flatten(1, 2)
     else:
         logits = rows @ k.transpose(-1, -2)
-    return softmax_over(logits.float(), cut.candidate_tokens)
+    return softmax_over(logits, None if cut.all_compete else cut.candidate_tokens)

@@ -47,7 +47,7 @@ class Sparsed(Selector):
         counts = cut.budget(self.density)
         if self.flavour == "released":
             counts = (cut.candidates.sum(-1) * self.density + 1e-9).to(torch.int64) + 1
-        return top_k(block_mass(q, k, cut, scale)[0], counts, cut.candidates)
+        return top_k(block_mass(q, k, cut, scale), counts, cut.candidates)
 
     def numbers(self, cut: Partition, head_dim: int) -> int:
         return cut.block[0] * cut.length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -93,8 +94,12 @@ def _line_scores(weights: Tensor, positions: Tensor, cut: Partition) -> tuple[Te
 def _blocks_on(kept: Tensor, cut: Partition) -> Tensor:
     """bool [B, H, nQ, nK]: blocks that meet a kept diagonal of [B, H, 2 nK + 1]."""
     (bq, bk), (nq, nk) = cut.block, cut.counts
-    i, j = torch.arange(nq, device=kept.device)[:, None], torch.arange(nk, device=kept.device)
-    first = (i * bq - (j + 1) * bk + 1).div(bk, rounding_mode="floor") + nk
-    last = ((i + 1) * bq - 1 - j * bk).div(bk, rounding_mode="floor") + nk
+    # Which diagonals a block meets depends only on how far its first query is behind its first key.
+    unit = math.gcd(bq, bk)
+    behind = torch.arange(-(nk - 1) * bk // unit, (nq - 1) * bq // unit + 1, device=kept.device) * unit
+    first = (behind - bk + 1).div(bk, rounding_mode="floor") + nk
+    last = (behind + bq - 1).div(bk, rounding_mode="floor") + nk
     until = torch.nn.functional.pad(kept.to(torch.int32).cumsum(-1), (1, 0))
-    return until[..., last.clamp(0, 2 * nk) + 1] > until[..., first.clamp(0, 2 * nk)]
+    met = until[..., last.clamp(0, 2 * nk) + 1] > until[..., first.clamp(0, 2 * nk)]
+    i, j = torch.arange(nq, device=kept.device)[:, None], torch.arange(nk, device=kept.device)
+    return met[..., (i * bq + (nk - 1 - j) * bk) // unit]

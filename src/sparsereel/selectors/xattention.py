@@ -14,7 +14,7 @@ from sparsereel.patterns import arguments
 from sparsereel.selectors import checks
 from sparsereel.selectors.base import Selector
 from sparsereel.selectors.choose import top_p
-from sparsereel.selectors.partition import NUMBERS_AT_ONCE, Partition
+from sparsereel.selectors.partition import Partition, numbers_at_once
 from sparsereel.selectors.scores import for_heads, softmax_over
 
 
@@ -58,16 +58,19 @@ class Xattention(Selector):
         k_groups = for_heads(self._groups(k, cut.counts[1] * cut.block[1], cut).flatten(3), q.shape[1])
         q_sizes, k_sizes = (self._sizes(x.shape[2], cut) for x in (q_groups, k_groups))
         competing = cut.candidates.repeat_interleave(cut.block[1] // self.stride, 3) & (k_sizes > 0)[:, None, None]
+        ragged = cut.padded or cut.length % cut.block[0] > 0 or cut.length % cut.block[1] > 0
         per_block = cut.block[0] // self.stride
         row = q_groups.shape[0] * q_groups.shape[1] * k_groups.shape[2]
-        at_once = max(1, NUMBERS_AT_ONCE // (row * per_block)) * per_block
+        at_once = max(1, numbers_at_once(q) // (row * per_block)) * per_block
         parts = []
         for rows in torch.arange(q_groups.shape[2], device=q.device).split(at_once):
-            logits = (q_groups[:, :, rows] @ k_groups.transpose(-1, -2)).float()
-            if cut.padded or cut.length % cut.block[0] or cut.length % cut.block[1]:
+            logits = q_groups[:, :, rows] @ k_groups.transpose(-1, -2)
+            if ragged:
                 present = torch.minimum(q_sizes[:, rows, None], k_sizes[:, None])
-                logits = logits * (self.stride / present.clamp(min=1))[:, None]
-            weights = softmax_over(logits, competing) * (q_sizes[:, rows] > 0)[:, None, :, None]
+                logits = logits.float() * (self.stride / present.clamp(min=1))[:, None]
+            weights = softmax_over(logits, None if cut.all_compete and not ragged else competing)
+            if ragged:
+                weights = weights * (q_sizes[:, rows] > 0)[:, None, :, None]
             weights = weights.unflatten(3, (cut.counts[1], -1)).sum(4)
             parts.append(weights.unflatten(2, (-1, per_block)).sum(3))
         return torch.cat(parts, 2)

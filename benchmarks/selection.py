@@ -1,0 +1,184 @@
+"""How long selectors take beside the sparse attention that they serve, in one run on one machine.
+
+    python benchmarks/selection.py                                  # every selector at 8,192 and 32,768 tokens
+    python benchmarks/selection.py --tokens 8192 --only block_topk hip
+    python benchmarks/selection.py --json -                         # JSON to standard output, no table
+
+Each selector is set to visit about a tenth of the blocks of structured inputs: keys drift from frame to frame and place
+to place, queries follow them, as in a trained model; so methods that adapt to what they see have something to see. The
+two sides, choosing (`refreshing` with everything new) and attending (native bf16 kernel), are timed in turns; figures
+are medians. `every n` is what is left of the ratio when scores are computed every n steps. Methods that remember
+(svg2, adaspa) are timed at their second call; what the first takes is a column of its own.
+
+Sample output (columns shortened):
+
+    2 threads of AMD EPYC, torch 2.14.1; [1, 4, 32768, 64] bfloat16, block 128 x 64
+    selector          tokens  density  select ms  attend ms   ratio  first ms  every 4
+    block_topk        32,768    0.100         61        911    0.07        64     0.02
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsereel import TokenGrid
+from sparsereel.selectors import SelectionContext, Selector, make, names, refreshing
+from sparsereel_kernels import sparse_attention, speed_table
+
+RESULTS = Path(__file__).parent / "results"
+GRIDS = {8192: (8, 32, 32), 32768: (8, 64, 64)}
+BLOCK = (128, 64)
+# What brings each method near a tenth of the blocks on these inputs.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "block_topk": {"density": 0.1},
+    "block_topp": {"threshold": 0.6},
+    "spargeattn": {"density": 0.1},
+    "xattention": {"threshold": 0.6},
+    "vertical_slash": {"vertical": 0.05, "slash": 0.02},
+    "svg": {"density": 0.1},
+    "svg2": {"threshold": 0.4, "min_density": 0.0, "flavour": "blocks"},
+    "vsa": {"density": 0.1},
+    "sparsed": {"density": 0.1},
+    "adaspa": {"density": 0.1},
+    "hip": {"density": 0.1},
+    "biformer": {"density": 0.1},
+    "anchor": {"theta": 0.0, "group": 4},
+    "dhsa": {"density": 0.1},
+}
+Row = dict[str, Any]
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Command line; argparse exits with 2 on wrong use."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", choices=GRIDS, default=list(GRIDS))
+    parser.add_argument("--only", nargs="+", choices=names(), default=list(names()), help="selectors (default all)")
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=5, help="timed turns of each side (default 5)")
+    parser.add_argument("--json", default=None, help="path, or - for standard output; default benchmarks/results/")
+    args = parser.parse_args(arguments)
+    if args.heads < 1 or args.head_dim < 8 or args.threads < 1 or args.repeat < 1:
+        parser.error("--heads, --threads and --repeat must be at least 1, --head-dim at least 8")
+    return args
+
+
+def structured_qkv(grid: TokenGrid, heads: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """bf16 q, k, v [1, H, S, D] whose scores fall off with distance in time and place, at a rate that differs by head."""
+    generator = torch.Generator().manual_seed(0)
+    t, h, w = (axis.float() for axis in grid.coordinates())
+    position = torch.stack([t, h, w], -1)
+    rates = 0.05 + 0.4 * torch.rand(heads, 3, head_dim // 2, generator=generator)
+    angles = position @ (rates * torch.randn(heads, 3, head_dim // 2, generator=generator))
+    waves = torch.cat([angles.cos(), angles.sin()], -1)[None]
+    noise = [torch.randn(waves.shape, generator=generator) for _ in range(3)]
+    q, k = (3 * waves + 0.5 * noise[i] for i in range(2))
+    return q.bfloat16(), k.bfloat16(), noise[2].bfloat16()
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def measure(selector: Selector, grid: TokenGrid, args: argparse.Namespace) -> Row:
+    """Both sides of one selector, in turns."""
+    q, k, v = structured_qkv(grid, args.heads, args.head_dim)
+    context = SelectionContext(grid, BLOCK, steps=args.repeat + 2)
+    first = seconds(lambda: refreshing(selector, q, k, context))
+    selection = refreshing(selector, q, k, replace(context, step=1))
+    arranged = selection.arrange(q, k, v)
+    sparse_attention(*arranged, selection.mask)
+    choose, attend = [], []
+    for turn in range(args.repeat):
+        later = replace(context, step=turn + 2)
+        choose.append(seconds(lambda later=later: refreshing(selector, q, k, later)))
+        attend.append(seconds(lambda: sparse_attention(*arranged, selection.mask)))
+    select, attention = statistics.median(choose), statistics.median(attend)
+    return {
+        "selector": selector.name,
+        "arguments": selector.to_mapping(),
+        "tokens": grid.seq_len,
+        "density": round(selection.mask.density, 4),
+        "select_seconds": select,
+        "attention_seconds": attention,
+        "ratio": select / attention,
+        "first_select_seconds": first,
+        "moves_tokens": selection.order_q is not None,
+        "move_seconds": seconds(lambda: selection.restore(selection.arrange(q, k, v)[0])),
+        "formula_flops": selector.cost(grid, BLOCK, args.heads, args.head_dim),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+
+
+def describe(args: argparse.Namespace) -> Row:
+    """Machine and problem."""
+    return {
+        "device": speed_table.device_name("cpu"),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "shape": [1, args.heads, "tokens", args.head_dim],
+        "dtype": "bfloat16",
+        "block": list(BLOCK),
+        "repeat": args.repeat,
+    }
+
+
+def show(row: Row) -> None:
+    """One line of the table."""
+    every = " ".join(f"{row['ratio'] / n:>7.3f}" for n in (4, 10))
+    print(
+        f"{row['selector']:<16} {row['tokens']:>7,} {row['density']:>8.3f} {row['select_seconds'] * 1e3:>10.1f} "
+        f"{row['attention_seconds'] * 1e3:>10.1f} {row['ratio']:>7.3f} {row['first_select_seconds'] * 1e3:>9.1f} "
+        f"{row['move_seconds'] * 1e3 if row['moves_tokens'] else 0:>8.1f} {every}",
+        flush=True,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 130 when interrupted."""
+    args = parse(arguments)
+    torch.set_num_threads(args.threads)
+    header, rows = describe(args), []
+    quiet = args.json == "-"
+    if not quiet:
+        print(f"{header['threads']} threads of {header['device']}, torch {header['torch']}; {header['shape']} bfloat16")
+        print("selector          tokens  density  select ms  attend ms   ratio  first ms  move ms every 4 every 10")
+    try:
+        for tokens in args.tokens:
+            for name in args.only:
+                # Every turn computes anew, whatever the method's own policy: that is what is timed.
+                selector = make(name, **{**SETTINGS[name], "refresh": 1})
+                rows.append(measure(selector, TokenGrid(*GRIDS[tokens]), args))
+                if not quiet:
+                    show(rows[-1])
+    except KeyboardInterrupt:
+        return 130
+    text = json.dumps({**header, "rows": rows}, indent=1) + "\n"
+    if quiet:
+        print(text, end="")
+        return 0
+    path = Path(args.json) if args.json else RESULTS / "selectors.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
