@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -179,6 +180,21 @@ def test_moving_average_swaps_both_ways():
     assert parameter.tolist() == [2.0, 2.0]
     average.swap()
     assert parameter.tolist() == [3.0, 3.0]
+
+
+def test_a_stage_ships_a_blend_of_its_average_and_its_start():
+    trainer = tiny_trainer()
+    start = [parameter.detach().clone() for parameter in trainer.parameters]
+    for index in range(3):
+        trainer.step(index / 3)
+    trained = [parameter.detach().clone() for parameter in trainer.parameters]
+    trainer.stage = replace(trainer.stage, blend=0.25)
+    with trainer.use_result():
+        for now, first, average in zip(trainer.parameters, start, trainer.average.values, strict=True):
+            torch.testing.assert_close(now.detach(), 0.75 * first + 0.25 * average)
+        assert torch.equal(trainer.worker.proj_out.weight, trainer.transformer.proj_out.weight.bfloat16())
+    assert any(not torch.equal(first, last) for first, last in zip(start, trained, strict=True))
+    assert all(torch.equal(now, last) for now, last in zip(trainer.parameters, trained, strict=True))
 
 
 def test_rate_curve():

@@ -42,7 +42,12 @@ class Portion:
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of the transformer's training; rates are held for `hold` of it, then fall linearly."""
+    """One run of the transformer's training; rates are held for `hold` of it, then fall linearly.
+
+    Attributes:
+        blend: Share of the trained weights in the result; the rest is the weights the stage started from. Below 1, a
+            short fine-tune gains most of what it learns and loses little of what was there (Wortsman et al., 2022).
+    """
 
     name: str
     minutes: float
@@ -51,6 +56,7 @@ class Stage:
     adamw_rate: float
     hold: float
     held_out: ClipSet = HELD_OUT
+    blend: float = 1.0
 
     @property
     def sets(self) -> tuple[ClipSet, ...]:
@@ -81,4 +87,5 @@ LARGE = Stage(
     muon_rate=8e-4,
     adamw_rate=3e-4,
     hold=0.3,
+    blend=0.6,
 )

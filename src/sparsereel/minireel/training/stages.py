@@ -88,9 +88,8 @@ def _train_transformer(
         losses = trainer.held_out_loss(held_out)
         shown = "  ".join(f"{level}: {loss:.4f}" for level, loss in losses.items())
         console.print(f"step {trainer.steps}, held-out loss at noise level {shown}")
-        trainer.use_average()
-        _write_folder(options.output / stage.name, lambda folder: export(folder, *models, decoder))
-        trainer.use_average()
+        with trainer.use_result():
+            _write_folder(options.output / stage.name, lambda folder: export(folder, *models, decoder))
 
     return _train(trainer, stage.name, options, stage.minutes, on_checkpoint)
 

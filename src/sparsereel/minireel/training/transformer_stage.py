@@ -1,13 +1,14 @@
 """Train the transformer and its text encoder on cached latents.
 
 Arithmetic runs in a bf16 copy; the fp32 master weights take the updates (a bf16 weight would swallow small ones).
-Muon moves the blocks' matrices, AdamW the rest; samples and exports come from the moving average.
+Muon moves the blocks' matrices, AdamW the rest; what a stage ships comes from their moving average.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,6 +67,8 @@ class TransformerTrainer:
         rest = [p for p in self.parameters if id(p) not in chosen]
         self.adamw = torch.optim.AdamW(rest, lr=stage.adamw_rate, betas=(0.9, 0.97), weight_decay=0.0)
         self.average = MovingAverage(self.parameters)
+        # A resumed run is built from the same folder, so these need no place in the checkpoint.
+        self.started_from = [parameter.detach().clone() for parameter in self.parameters]
         self.generator = torch.Generator().manual_seed(seed)
         self.no_prompt = tokenise([""])
         self.steps = 0
@@ -125,25 +128,34 @@ class TransformerTrainer:
 
     @torch.no_grad()
     def held_out_loss(self, data: EncodedSet) -> dict[float, float]:
-        """Loss of the moving average on unseen clips, at four noise levels; the same noise every time."""
-        self.use_average()
+        """Loss of the stage's result on unseen clips, at four noise levels; the same noise every time."""
         generator = torch.Generator().manual_seed(7)
-        text = embed_text(self.text_encoder, data.ids, data.mask, PROMPT_TOKENS)
         result = {}
-        for level in HELD_OUT_LEVELS:
-            losses = []
-            for index, latents in enumerate(data.latents.float()):
-                noise = torch.randn(latents.shape, generator=generator)
-                at = torch.tensor([level])
-                losses.append(flow_loss(self.worker, latents[None], noise[None], at, text[index : index + 1]))
-            result[level] = torch.cat(losses).mean().item()
-        self.use_average()
+        with self.use_result():
+            text = embed_text(self.text_encoder, data.ids, data.mask, PROMPT_TOKENS)
+            for level in HELD_OUT_LEVELS:
+                losses = []
+                for index, latents in enumerate(data.latents.float()):
+                    noise = torch.randn(latents.shape, generator=generator)
+                    at = torch.tensor([level])
+                    losses.append(flow_loss(self.worker, latents[None], noise[None], at, text[index : index + 1]))
+                result[level] = torch.cat(losses).mean().item()
         return result
 
-    def use_average(self) -> None:
-        """Swap the moving average in for the weights (and, called again, back)."""
-        self.average.swap()
+    @contextmanager
+    def use_result(self) -> Iterator[None]:
+        """While entered, the models hold what the stage ships: the average, blended with the starting weights."""
+        own = [parameter.detach().clone() for parameter in self.parameters]
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, self.average.values)
+            torch._foreach_lerp_(self.parameters, self.started_from, 1 - self.stage.blend)
         self._refresh_worker()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, own)
+            self._refresh_worker()
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Everything a resumed run needs to go on exactly as this one would have."""
