@@ -79,11 +79,13 @@ class Hip(Selector):
         return max(super().numbers(cut, head_dim), cut.counts[0] * ranges * head_dim)
 
     def _queries(self, q: Tensor, cut: Partition) -> Tensor:
-        """[B, H, nQ, n, D]: evenly spaced queries of each query block, inside the sequence."""
+        """[B, H, nQ, n, D]: evenly spaced queries of each query block; where it ends early, its last valid one."""
         bq, count = cut.block[0], min(self.queries, cut.block[0])
         inside = (torch.arange(count, device=q.device) * 2 + 1) * bq // (2 * count)
         position = torch.arange(cut.counts[0], device=q.device)[:, None] * bq + inside
-        return q[:, :, position.clamp(max=cut.length - 1)]
+        position = torch.minimum(position, (cut.valid - 1).clamp(min=0)[:, None, None])
+        index = position.flatten(1)[:, None, :, None].expand(*q.shape[:2], -1, q.shape[3])
+        return q.gather(2, index).unflatten(2, (cut.counts[0], count))
 
     def _competing(self, ranges: Tensor, level: int, cut: Partition) -> Tensor:
         """bool like `ranges`: ranges that hold a candidate block."""
