@@ -252,6 +252,39 @@ def test_few_queries_and_many_keys_are_cut_along_the_keys(device, monkeypatch, m
     assert made[1].kernel.__name__ == "merge_kernel"
 
 
+def test_tuning_stores_the_fastest_that_agrees(device, monkeypatch, tmp_path):
+    from sparsereel_kernels.triton import configs, launch, target_of
+    from sparsereel_kernels.triton.tune import tune
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    configs.tuned.cache_clear()
+    fast, slow, wrong = (configs.Config(*x) for x in ((32, 16, 4, 1), (32, 32, 4, 2), (16, 16, 1, 1)))
+    run = launch.Launch.run
+
+    def run_wrongly(self):
+        run(self)
+        if self.config == wrong:
+            written = self.arguments[3].ptr if self.kernel.__name__ == "forward_kernel" else self.arguments[4].ptr
+            written += 1.0
+
+    monkeypatch.setattr(launch.Launch, "run", run_wrongly)
+    time = {fast: 1.0, slow: 2.0, wrong: 0.5}
+    options = {"tokens": 64, "heads": 1, "head_dim": 16, "block": (32, 32), "device": device}
+    found = tune(
+        **options,
+        kernels=("forward", "keys"),
+        measure=lambda made: time.get(made.config, 3.0),
+        tried=lambda architecture, block: iter([slow, fast, wrong]),
+    )
+    assert found == {"forward": fast, "keys": fast}
+    name = target_of(torch.device(device)).device
+    assert configs.choose(name, "sm80", "forward", 16, 16, (32, 32)) == fast
+    assert configs.choose(name, "sm80", "queries", 16, 16, (32, 32)) != fast
+    with pytest.raises(ValueError, match="kernels must be among forward, queries, keys, got sideways"):
+        tune(kernels=("sideways",))
+    configs.tuned.cache_clear()
+
+
 def test_same_bits_every_time(device):
     q, k, v = (x.to(device).requires_grad_() for x in make_qkv(100, head_dim=16, dtype=torch.bfloat16))
     mask = random_block_mask(100, block=(32, 32), density=0.6).to(device)

@@ -13,10 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward_kernel import SIZES, clean_entry, edge_entry, key_limit, pairs_allowed, stretches, without_cut_block
+from .forward_kernel import SIZES, clean_entry, edge_entry, key_limit, stretches, where_allowed, without_cut_block
 from .primitives import (
     LOG2E,
-    allowed_by_bits,
     bias_of_keys,
     frames_of_keys,
     frames_of_queries,
@@ -26,6 +25,7 @@ from .primitives import (
     place_of,
     product,
     store_rows,
+    where_bits,
     wide,
 )
 
@@ -67,7 +67,7 @@ def probabilities(b_s, scale, lse, modifying, frame_q, frame_k, bias, table_size
 
 
 @triton.jit
-def query_gradient_of_tile(acc, b_q, b_do, lse, delta, k, v, bases, b, h, kv_h, start, limit, scale, allowed,
+def query_gradient_of_tile(acc, b_q, b_do, lse, delta, k, v, bases, b, h, kv_h, start, limit, scale, edge,
                            modifying, frame_q, kv_len, table_size, EDGE: tl.constexpr, S: tl.constexpr):  # fmt: skip
     """acc plus one tile of keys' part of dq / scale."""
     b_k = load_rows(k, bases[0], b, kv_h, start, limit, S.TILE_N, S.D, S.WIDTH, EDGE, S.TMA, S)
@@ -82,7 +82,7 @@ def query_gradient_of_tile(acc, b_q, b_do, lse, delta, k, v, bases, b, h, kv_h, 
     bias = bias_of_keys(modifying, b, h, offs_n, kv_len, S)[None, :]
     b_p, factor = probabilities(b_s, scale, lse[:, None], modifying, frame_q[:, None], frame_k, bias, table_size, S)
     if EDGE:
-        b_p = tl.where(allowed, b_p, 0.0)
+        b_p = where_allowed(b_p, 0.0, edge, start, limit, S)
     b_dp = product(b_do, tl.trans(b_v), None, S.PRECISION)
     b_ds = b_p * (b_dp - delta[:, None]) * factor
     return product(b_ds.to(b_k.dtype), b_k, acc, S.PRECISION)
@@ -120,8 +120,8 @@ def query_gradient_kernel(q, k, v, grad_out, dq, lse_ptr, delta_ptr, lists, leng
         j, tile, is_partial = edge_entry(lists, row, t // S.TILES_K, clean, part, max_full, max_part, S)
         first_column = (t % S.TILES_K) * S.TILE_N
         start = j * S.BLOCK_K + first_column
-        allowed = pairs_allowed(lists, tile, is_partial, row_in_block, first_column, start, limit, S)
-        acc = query_gradient_of_tile(acc, b_q, b_do, lse, delta, k, v, bases, b, h, kv_h, start, limit, scale, allowed,
+        edge = (lists.bits, tile, is_partial, row_in_block, first_column)
+        acc = query_gradient_of_tile(acc, b_q, b_do, lse, delta, k, v, bases, b, h, kv_h, start, limit, scale, edge,
                                      modifying, frame_q, kv_len, table_size, True, S)  # fmt: skip
     store_rows(dq, head_offset(dq, b, h, S), first, acc * natural_scale, ok, S.TILE_M, S.D, S.WIDTH, S)
 
@@ -146,7 +146,7 @@ def query_stretches(lists, row, max_full, q_len, S: tl.constexpr):
 
 @triton.jit
 def key_gradients_of_tile(state, b_k, b_v, q, grad_out, bases, b, h, start, ok, lse_ptr, delta_ptr, row_base, q_len,
-                          scale, allowed, modifying, frame_k, bias, table_size, EDGE: tl.constexpr,
+                          scale, edge, modifying, frame_k, bias, table_size, EDGE: tl.constexpr,
                           S: tl.constexpr):  # fmt: skip
     """(dk / scale, dv, dbias) plus one tile of queries' part; logits are [TILE_N, TILE_M]."""
     dk, dv, dbias = state
@@ -159,7 +159,7 @@ def key_gradients_of_tile(state, b_k, b_v, q, grad_out, bases, b, h, start, ok, 
     frame_q = frames_of_queries(modifying, offs_m, q_len, S)[None, :]
     b_p, factor = probabilities(b_s, scale, lse, modifying, frame_q, frame_k[:, None], bias[:, None], table_size, S)
     if EDGE and S.PARTIAL:
-        b_p = tl.where(allowed, b_p, 0.0)
+        b_p = where_bits(b_p, 0.0, edge, S, True)
     dv = product(b_p.to(b_do.dtype), b_do, dv, S.PRECISION)
     b_dp = product(b_v, tl.trans(b_do), None, S.PRECISION)
     b_ds = b_p * (b_dp - delta)
@@ -189,12 +189,10 @@ def key_gradients_of_head(state, b_k, b_v, q, grad_out, b, h, row, lists, lse_pt
         row_in_block = (t % S.TILES_Q) * S.TILE_M + tl.arange(0, S.TILE_M)
         start = i * S.BLOCK_Q + (t % S.TILES_Q) * S.TILE_M
         ok = (row_in_block < S.BLOCK_Q) & (i * S.BLOCK_Q + row_in_block < q_len)
-        allowed = None
-        if S.PARTIAL:
-            allowed = allowed_by_bits(lists.bits, tile, is_partial, row_in_block, first_column, S, True)
+        edge = (lists.bits, tile, is_partial, row_in_block, first_column)
         dk, dv, dbias = key_gradients_of_tile(
             (dk, dv, dbias), b_k, b_v, q, grad_out, bases, b, h, start, ok, lse_ptr, delta_ptr, row_base, q_len,
-            scale, allowed, modifying, frame_k, bias, table_size, True, S)  # fmt: skip
+            scale, edge, modifying, frame_k, bias, table_size, True, S)  # fmt: skip
     return dk, dv, dbias
 
 

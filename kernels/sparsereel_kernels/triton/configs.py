@@ -80,7 +80,7 @@ _FP32 = {
 # 163 KiB of shared memory a block.
 _SM80 = _table(
     {
-        "forward 16": (Config(128, 64, 4, 3), Config(128, 64, 8, 3), Config(64, 64, 8, 2)),
+        "forward 16": (Config(128, 64, 4, 3), Config(128, 32, 8, 3), Config(64, 64, 8, 2)),
         "queries 16": (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 32, 8, 2)),
         "keys 16": (Config(64, 64, 4, 2), Config(64, 64, 8, 2), Config(32, 64, 8, 1)),
         **_FP32,
@@ -89,7 +89,7 @@ _SM80 = _table(
 # 99 KiB of shared memory a block.
 _SM89 = _table(
     {
-        "forward 16": (Config(128, 64, 4, 3), Config(128, 64, 8, 2), Config(64, 32, 4, 2)),
+        "forward 16": (Config(128, 64, 4, 3), Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
         "queries 16": (Config(64, 64, 4, 2), Config(64, 64, 8, 1), Config(64, 32, 8, 1)),
         "keys 16": (Config(64, 64, 4, 2), Config(32, 64, 4, 1), Config(16, 64, 8, 1)),
         **_FP32,
@@ -98,7 +98,7 @@ _SM89 = _table(
 # 227 KiB of shared memory a block; wgmma takes 64 rows a group of 4 warps.
 _SM90 = _table(
     {
-        "forward 16": (Config(128, 64, 8, 4, True), Config(128, 64, 8, 3, True), Config(128, 64, 8, 2, True)),
+        "forward 16": (Config(128, 64, 8, 4, True), Config(128, 64, 8, 3, True), Config(64, 64, 8, 2, True)),
         "queries 16": (Config(128, 64, 8, 3, True), Config(128, 64, 8, 2, True), Config(64, 64, 8, 1, True)),
         "keys 16": (Config(64, 64, 4, 2, True), Config(64, 64, 8, 2, True), Config(64, 64, 8, 1, True)),
         **_FP32,
@@ -107,7 +107,7 @@ _SM90 = _table(
 # 227 KiB of shared memory a block; accumulators lie in tensor memory, in tiles of 128 rows.
 _SM100 = _table(
     {
-        "forward 16": (Config(128, 64, 4, 3, True), Config(128, 64, 8, 3, True), Config(128, 64, 8, 2, True)),
+        "forward 16": (Config(128, 64, 8, 3, True), Config(128, 64, 8, 3, True), Config(128, 64, 8, 2, True)),
         "queries 16": (Config(128, 64, 8, 2, True), Config(128, 64, 8, 2, True), Config(64, 64, 8, 1, True)),
         "keys 16": (Config(128, 64, 8, 2, True), Config(64, 64, 8, 1, True), Config(64, 64, 8, 1, True)),
         **_FP32,

@@ -15,7 +15,6 @@ import triton.language as tl
 from .primitives import (
     LN2,
     LOG2E,
-    allowed_by_bits,
     bias_of_keys,
     count_below,
     frames_of_keys,
@@ -26,6 +25,7 @@ from .primitives import (
     place_of,
     product,
     store_rows,
+    where_bits,
     wide,
 )
 
@@ -98,16 +98,16 @@ def edge_entry(lists, row, n, clean, part, max_full, max_part, S: tl.constexpr):
 
 
 @triton.jit
-def pairs_allowed(lists, tile, is_partial, row_in_block, first_column, start, limit, S: tl.constexpr):
-    """bool [TILE_M, TILE_N] of an edge entry's tile."""
+def where_allowed(b_x, otherwise, edge, start, limit, S: tl.constexpr):
+    """b_x [TILE_M, TILE_N] where an edge entry's tile allows the pair, else `otherwise`; `edge` as in `where_bits`."""
     offs_n = tl.arange(0, S.TILE_N)
     seen = start + offs_n < limit
     if S.RAGGED_K:
-        seen = seen & (first_column + offs_n < S.BLOCK_K)
-    allowed = tl.broadcast_to(seen[None, :], [S.TILE_M, S.TILE_N])
+        seen = seen & (edge[4] + offs_n < S.BLOCK_K)
+    b_x = tl.where(seen[None, :], b_x, otherwise)
     if S.PARTIAL:
-        allowed = allowed & allowed_by_bits(lists.bits, tile, is_partial, row_in_block, first_column, S, False)
-    return allowed
+        b_x = where_bits(b_x, otherwise, edge, S, False)
+    return b_x
 
 
 @triton.jit
@@ -132,9 +132,9 @@ def plain_softmax_step(b_s, scale, peak, total, S: tl.constexpr):
 
 
 @triton.jit
-def attend_to_tile(state, b_q, k, v, bases, b, h, kv_h, start, limit, scale, allowed, modifying, frame_q, kv_len,
+def attend_to_tile(state, b_q, k, v, bases, b, h, kv_h, start, limit, scale, edge, modifying, frame_q, kv_len,
                    table_size, EDGE: tl.constexpr, S: tl.constexpr):  # fmt: skip
-    """One tile of keys: the new (acc, peak, total)."""
+    """One tile of keys: the new (acc, peak, total). `edge`: as in `where_bits`, of an edge entry."""
     acc, peak, total = state
     b_k = load_rows(k, bases[0], b, kv_h, start, limit, S.TILE_N, S.D, S.WIDTH, EDGE, S.TMA, S)
     b_s = product(b_q, tl.trans(b_k), None, S.PRECISION)  # [TILE_M, TILE_N]
@@ -144,7 +144,8 @@ def attend_to_tile(state, b_q, k, v, bases, b, h, kv_h, start, limit, scale, all
         bias = bias_of_keys(modifying, b, h, offs_n, kv_len, S)
         b_s, _ = modified(b_s * scale, modifying, frame_q[:, None], frame_k[None, :], bias[None, :], table_size, S)
         if EDGE:
-            b_s = tl.where(allowed, b_s, float("-inf"))
+            # Looked up after the product, so that it holds no registers meanwhile.
+            b_s = where_allowed(b_s, float("-inf"), edge, start, limit, S)
         b_p, peak, total, shrink = softmax_step(b_s, peak, total)
     else:
         b_p, peak, total, shrink = plain_softmax_step(b_s, scale, peak, total, S)
@@ -189,9 +190,9 @@ def forward_kernel(q, k, v, out, lse_ptr, lists, lengths_ptr, modifying, scale, 
         j, tile, is_partial = edge_entry(lists, row, t // S.TILES_K, clean, part, max_full, max_part, S)
         first_column = (t % S.TILES_K) * S.TILE_N
         start = j * S.BLOCK_K + first_column
-        allowed = pairs_allowed(lists, tile, is_partial, row_in_block, first_column, start, limit, S)
+        edge = (lists.bits, tile, is_partial, row_in_block, first_column)
         acc, peak, total = attend_to_tile((acc, peak, total), b_q, k, v, bases, b, h, kv_h, start, limit, scale,
-                                          allowed, modifying, frame_q, kv_len, table_size, True, S)  # fmt: skip
+                                          edge, modifying, frame_q, kv_len, table_size, True, S)  # fmt: skip
     seen = total > 0
     b_out = tl.where(seen[:, None], acc / tl.where(seen, total, 1.0)[:, None], 0.0)
     b_lse = tl.where(seen, (peak + tl.log2(tl.where(seen, total, 1.0))) * LN2, float("-inf"))

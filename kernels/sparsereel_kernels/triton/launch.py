@@ -6,8 +6,8 @@ compile_check.py compiles for any GPU exactly what would be launched there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from ..block_mask import BlockMask
 
 LOG2E = 1.4426950408889634
-# 32-bit offsets inside a tile must hold 256 rows.
-LARGEST_TOKEN_STRIDE = (2**31 - 1) // 256 - 256
+LARGEST_TILE = 256
+# 32-bit offsets inside a tile must hold its rows.
+LARGEST_TOKEN_STRIDE = (2**31 - 1) // LARGEST_TILE - 256
 ROWS_OF_SIMPLE_KERNELS = 32
 # A list is cut when the launch has fewer programs than the device runs at once, into parts of so many tiles at least.
 LARGEST_SPLIT, TILES_OF_A_PART = 16, 8
@@ -64,7 +65,11 @@ class Launch:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """The arguments of one call of `sparse_attention`, and where it runs."""
+    """The arguments of one call of `sparse_attention`, and where it runs.
+
+    `descriptors`: load through TMA descriptors where configuration, device and tensors allow it.
+    `pinned`: configurations by kernel that are taken in place of the stored ones.
+    """
 
     q: Tensor
     k: Tensor
@@ -74,6 +79,8 @@ class Call:
     key_lengths: Tensor | None
     modifier: Modifier | None
     target: Target
+    descriptors: bool = True
+    pinned: Mapping[str, configs.Config] = field(default_factory=dict)
 
     @property
     def interpreted(self) -> bool:
@@ -88,17 +95,29 @@ class Call:
         return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
     def config(self, kernel: str) -> configs.Config:
-        """Tiles of one kernel for this call's blocks; of a dense call, no larger than its lengths ask for."""
-        q_len, kv_len = self.q.shape[2], self.k.shape[2]
-        dense = (triton.next_power_of_2(q_len), triton.next_power_of_2(kv_len))
-        block = (min(dense[0], 256), min(dense[1], 256)) if self.mask is None else self.mask.BLOCK_SIZE
-        width = max(padded(self.q.shape[3]), padded(self.v.shape[3]))
+        """Tiles of one kernel, fitted to this call's blocks."""
+        if kernel in self.pinned:
+            return configs.fitted(self.pinned[kernel], self.block)
         bits = self.q.element_size() * 8
-        return configs.choose(self.target.device, self.target.architecture, kernel, bits, width, block)
+        return configs.choose(self.target.device, self.target.architecture, kernel, bits, self.width, self.block)
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """The mask's block; of a dense call, the largest tile that its lengths ask for."""
+        if self.mask is not None:
+            return self.mask.BLOCK_SIZE
+        q_len, kv_len = (min(triton.next_power_of_2(x.shape[2]), LARGEST_TILE) for x in (self.q, self.k))
+        return q_len, kv_len
+
+    @property
+    def width(self) -> int:
+        """The larger padded head dim."""
+        return max(padded(self.q.shape[3]), padded(self.v.shape[3]))
 
     def shape(self, config: configs.Config, step: int, streamed: tuple[Tensor, Tensor]) -> Shape:
         """Compile-time constants; `streamed` is what the kernel's loop loads, perhaps through descriptors."""
         tiles = (config.tile_m, config.tile_n)
+        tma = self.descriptors and config.tma and self.target.architecture in configs.WITH_TMA
         block = tiles if self.mask is None else self.mask.BLOCK_SIZE
         features, v_features = self.q.shape[3], self.v.shape[3]
         return Shape(
@@ -114,7 +133,7 @@ class Call:
             WORD=next(word for word in (32, 16, 8) if block[1] % word == 0 and config.tile_n % word == 0),
             MODIFIER=modifier_name(self.modifier) or "none",
             POSITIVE=self.scale >= 0,
-            TMA=config.tma and self.target.architecture in configs.WITH_TMA and all(map(describable, streamed)),
+            TMA=tma and all(map(describable, streamed)),
             PRECISION=self.precision,
             STEP=step,
         )

@@ -213,22 +213,26 @@ def product(b_x, b_y, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def allowed_by_bits(bits_ptr, tile, is_partial, row, first_column, S: tl.constexpr, FLIPPED: tl.constexpr):
-    """Whether the packed bits allow each pair: bool [TILE_M, TILE_N], or [TILE_N, TILE_M] if FLIPPED.
+def where_bits(b_x, otherwise, edge, S: tl.constexpr, FLIPPED: tl.constexpr):
+    """b_x [TILE_M, TILE_N] ([TILE_N, TILE_M] if FLIPPED) where the packed bits allow the pair, else `otherwise`.
 
-    A thread reads one word for each of its rows and shifts it, so that bits cost as many loads as there are words.
-    `row` [TILE_M] is counted from the block's first query, `first_column` from its first key. Entries that are not
-    partial allow everything.
+    `edge`: (bits, tile, is_partial, row, first_column); `row` [TILE_M] is counted from the block's first query,
+    `first_column` from its first key. Entries that are not partial allow everything. A thread reads one word for each
+    of its rows and shifts it, so that bits cost as many loads as there are words; words are applied one by one, so
+    that no tile of words fills the registers.
     """
+    bits_ptr, tile, is_partial, row, first_column = edge
     axis: tl.constexpr = 0 if FLIPPED else 1
     offs_column = tl.expand_dims(tl.arange(0, S.TILE_N), 1 - axis)
     ptrs = bits_ptr + wide(tile) * (S.BLOCK_Q * S.WORDS) + row * S.WORDS + first_column // S.WORD
-    b_word = tl.zeros([S.TILE_N, S.TILE_M] if FLIPPED else [S.TILE_M, S.TILE_N], tl.int32)
     for n in tl.static_range(S.TILE_N // S.WORD):
         there = (row < S.BLOCK_Q) & is_partial & (first_column // S.WORD + n < S.WORDS)
-        word = tl.load(ptrs + n, mask=there, other=-1).to(tl.int32)
-        b_word = tl.where(offs_column // S.WORD == n, tl.expand_dims(word, axis), b_word)
-    return ((b_word >> (offs_column % S.WORD)) & 1) != 0
+        word = tl.expand_dims(tl.load(ptrs + n, mask=there, other=-1).to(tl.int32), axis)
+        allowed = ((word >> (offs_column % S.WORD)) & 1) != 0
+        if S.TILE_N > S.WORD:
+            allowed = allowed | (offs_column // S.WORD != n)
+        b_x = tl.where(allowed, b_x, otherwise)
+    return b_x
 
 
 # ---------------------------------------------------------------- modifiers
