@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,17 +11,19 @@ from typing import Any
 
 from torch import nn
 
+from sparsereel.checkpointing import Checkpoints
 from sparsereel.families import Family, diffusers_seam, find, models_of
 from sparsereel.patterns.base import Pattern
 from sparsereel.plan import AttentionPlan
 from sparsereel.presets import resolve_plan
 from sparsereel.report import LayerReport, Report
 from sparsereel.runtime import ModelRuntime
+from sparsereel.selectors.base import Selector
 from sparsereel.sparse_layer import SparseLayer
 
 _ATTRIBUTE = "_sparsereel_injection"
 
-PlanLike = str | Path | AttentionPlan | Pattern
+PlanLike = str | Path | AttentionPlan | Pattern | Selector
 
 
 class Injection:
@@ -27,13 +31,28 @@ class Injection:
 
     def __init__(self, model: nn.Module, family: Family, component: str, plan: AttentionPlan, backend: str) -> None:
         self.runtime = ModelRuntime(model, family, component, plan, backend)
-        self.originals: dict[str, Any] = {}
+        #: (attention module, its original processor, the one put in its place)
+        self.replaced: list[tuple[nn.Module, Any, Any]] = []
         self.skipped: dict[str, str] = {}
         self.handles: list[Any] = []
+        self.checkpoints: Checkpoints | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Injection:
+        twin = object.__new__(Injection)
+        memo[id(self)] = twin
+        twin._register()
+        vars(twin).update({k: copy.deepcopy(v, memo) for k, v in vars(self).items() if k != "_forget"})
+        return twin
+
+    def _register(self) -> None:
+        diffusers_seam.REGISTRATION.acquire()
+        # For a model that is thrown away and was never restored.
+        self._forget = weakref.finalize(self, diffusers_seam.REGISTRATION.forget)
+        self._forget.atexit = False
 
     def install(self, model: nn.Module) -> None:
         """Replace processors and add hooks; on any error everything is put back."""
-        diffusers_seam.REGISTRATION.acquire()
+        self._register()
         try:
             self._install(model)
         except BaseException:
@@ -53,7 +72,10 @@ class Injection:
                 continue
             layer = SparseLayer(runtime, name, index, plan)
             runtime.layers.append(layer)
-            self.originals[name] = diffusers_seam.replace_processor(module, layer, family.seam)
+            original = diffusers_seam.replace_processor(module, layer, family.seam)
+            self.replaced.append((module, original, module.processor))
+        self.checkpoints = Checkpoints(model, runtime, [(m, o, p.sparsereel_layer) for m, o, p in self.replaced])
+        self.handles.append(model.register_forward_pre_hook(self.checkpoints.wrap, prepend=True))
         self.handles.append(model.register_forward_pre_hook(runtime.before_forward, prepend=True, with_kwargs=True))
         self.handles.append(model.register_forward_hook(runtime.after_forward, always_call=True))
         if any(not layer.plan.uniform_full for layer in runtime.layers):
@@ -63,16 +85,20 @@ class Injection:
 
     def remove(self, model: nn.Module) -> None:
         """Put every processor back and remove every hook."""
-        for name, original in self.originals.items():
-            diffusers_seam.put_back_processor(model.get_submodule(name), original)
+        for module, original, announcer in self.replaced:
+            diffusers_seam.put_back_processor(module, original, announcer)
         for handle in self.handles:
             handle.remove()
+        if self.checkpoints is not None:
+            self.checkpoints.unwrap()
         self.runtime.steps.close()
-        self.originals.clear()
+        self.runtime.selections.clear()
+        self.replaced.clear()
         self.handles.clear()
         if _ATTRIBUTE in vars(model):
             delattr(model, _ATTRIBUTE)
-        diffusers_seam.REGISTRATION.release()
+        if self._forget.detach():
+            diffusers_seam.REGISTRATION.release()
 
 
 def sparsify(pipe_or_model: Any, plan: PlanLike, *, backend: str = "auto") -> Report:
@@ -84,8 +110,8 @@ def sparsify(pipe_or_model: Any, plan: PlanLike, *, backend: str = "auto") -> Re
     Args:
         pipe_or_model: a diffusers pipeline, or a transformer / U-Net of a known family (compiled or not). The plan
             belongs to the model: pipelines that share it share the plan.
-        plan: a preset name, the path of a plan file, an `AttentionPlan`, or a `Pattern` (then used for every
-            self-attention head at every step).
+        plan: a preset name, the path of a plan file, an `AttentionPlan`, or a `Pattern` or `Selector` (then used for
+            every self-attention head at every step).
         backend: kernel to run on, "auto" or a name that `sparsereel doctor` lists.
 
     Returns:

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torch import nn
 from sparsereel.families import find
 from sparsereel.files import replacing
 from sparsereel.grid import Permutation, TokenGrid
-from sparsereel.patterns import Full
+from sparsereel.patterns import Full, Pattern
 from sparsereel.plan import AttentionPlan, LayerPlan
 from sparsereel.token_order import BLOCK, MASKS, best_tile
 from sparsereel_kernels import dispatch
@@ -134,17 +134,19 @@ def inspect_plan(plan: AttentionPlan, grid: TokenGrid, model: Architecture, *, s
     plan.check_model(model.family, model.class_name, len(model.layers), model.heads)
     layers = plan.resolve(model.component, model.layers, [model.heads] * len(model.layers))
     schedule = plan.schedule
-    note = ""
-    if grid.seq_len < schedule.min_tokens:
+    note, short = "", grid.seq_len < schedule.min_tokens
+    if short:
         note = f"all dense: {grid.seq_len} tokens are fewer than the plan's min_tokens {schedule.min_tokens}"
+    elif any(layer.has_selectors for layer in layers):
+        note = "selectors choose at run time: layers that hold any are counted as dense here"
     used = Counter(p for layer in layers for head in layer.heads for _, p in head if not isinstance(p, Full))
-    tile = best_tile(used, grid) if used and not note and model.family == "wan" else None
+    tile = best_tile(used, grid) if used and not short and model.family == "wan" else None
     order = None if tile is None else grid.tile_order(tile)
     groups: list[HeadGroup] = []
     full = 4.0 * grid.seq_len**2 * model.head_dim
     for layer in layers:
         for heads, does in _alike(layer):
-            density, tokens = _over_steps(plan, layer, heads[0], grid, order, steps, dense=bool(note))
+            density, tokens = _over_steps(plan, layer, heads[0], grid, order, steps, dense=short)
             groups.append(HeadGroup(layer.index, heads, does, density, tokens, full * len(heads) * density))
     return Inspection(
         plan.describe(),
@@ -164,7 +166,10 @@ def _alike(layer: LayerPlan) -> list[tuple[tuple[int, ...], str]]:
     groups: dict[Any, list[int]] = {}
     for number, head in enumerate(layer.heads):
         # Heads of one pattern may still differ, such as shards of a strided pattern.
-        own = tuple((stretch, pattern.for_head(layer.index, number)) for stretch, pattern in head)
+        own = tuple(
+            (stretch, method.for_head(layer.index, number) if isinstance(method, Pattern) else method)
+            for stretch, method in head
+        )
         groups.setdefault(own, []).append(number)
     return [(tuple(heads), layer.describe_head(heads[0])) for heads in groups.values()]
 
@@ -184,7 +189,11 @@ def _over_steps(
         if dense or plan.schedule.dense_at(step, steps):
             pairs.append((1.0, 1.0))
             continue
-        patterns = layer.at(step, steps)
+        patterns = cast(tuple[Pattern, ...], layer.at(step, steps))
+        if layer.has_selectors:
+            # Selectors see q and k, which a look at the plan does not have: counted as dense, and said so.
+            pairs.append((1.0, 1.0))
+            continue
         whole = MASKS.get(patterns, grid, block=BLOCK, layer=layer.index, order=order)
         own = MASKS.get((patterns[head].for_head(layer.index, head),), grid, block=BLOCK, order=order)
         dear = expected_share(whole, backend_here(grid.seq_len)) > plan.schedule.max_density

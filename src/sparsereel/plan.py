@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sparsereel.patterns import AllOf, AnyOf, Full, KeepSinks, Pattern, Skip
 from sparsereel.plan_entries import (
@@ -24,6 +24,7 @@ from sparsereel.plan_entries import (
     LayerEntry,
     LayerKey,
     LayerPlan,
+    Method,
     Named,
     Numbers,
     StepRange,
@@ -31,6 +32,7 @@ from sparsereel.plan_entries import (
     Use,
 )
 from sparsereel.schedule import Schedule
+from sparsereel.selectors.base import Selector
 
 __all__ = ["VERSION", "AttentionPlan", "LayerPlan", "ModelSpec", "Schedule"]
 
@@ -68,8 +70,8 @@ class AttentionPlan:
     calibration: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @classmethod
-    def uniform(cls, pattern: Pattern, **options: Any) -> AttentionPlan:
-        """The plan that uses `pattern` for every head of every layer at every step.
+    def uniform(cls, pattern: Method, **options: Any) -> AttentionPlan:
+        """The plan that uses `pattern` (or a selector) for every head of every layer at every step.
 
         Args:
             options: Fields of `Schedule`, and `keep_sinks`.
@@ -77,8 +79,8 @@ class AttentionPlan:
         Raises:
             ValueError: not a pattern, an unknown option.
         """
-        if not isinstance(pattern, Pattern):
-            raise ValueError(f"uniform needs a pattern, such as Radial(), got {pattern!r}")
+        if not isinstance(pattern, (Pattern, Selector)):
+            raise ValueError(f"uniform needs a pattern or a selector, such as Radial(), got {pattern!r}")
         keep_sinks = options.pop("keep_sinks", False)
         valid = [f.name for f in fields(Schedule)]
         unknown = [name for name in options if name not in valid]
@@ -194,28 +196,31 @@ class AttentionPlan:
 
     def _heads(
         self, entry: LayerEntry, name: str, count: int
-    ) -> tuple[tuple[tuple[StepRange | None, Pattern], ...], ...]:
+    ) -> tuple[tuple[tuple[StepRange | None, Method], ...], ...]:
         for numbers, _ in entry.heads:
             if numbers.largest >= count:
                 raise ValueError(f"heads {numbers.text!r}: layer {name} has {count} heads (0-{count - 1})")
         choices = [next((c for numbers, c in entry.heads if head in numbers), entry.default) for head in range(count)]
         return tuple(self._stretches(choice) for choice in choices)
 
-    def _stretches(self, choice: Choice) -> tuple[tuple[StepRange | None, Pattern], ...]:
+    def _stretches(self, choice: Choice) -> tuple[tuple[StepRange | None, Method], ...]:
         if isinstance(choice, Timeline):
             return (*((stretch, self._pattern(use)) for stretch, use in choice.stretches), (None, Full()))
         return ((None, self._pattern(choice)),)
 
-    def _pattern(self, use: Use) -> Pattern:
+    def _pattern(self, use: Use) -> Method:
         pattern = self.pattern_of(use)
+        if isinstance(pattern, Selector):
+            return replace(pattern, keep_sinks=True) if self.keep_sinks else pattern
         return KeepSinks(pattern) if self.keep_sinks and not isinstance(pattern, (Full, Skip)) else pattern
 
-    def pattern_of(self, use: Use) -> Pattern:
-        """The pattern that a name or a combination stands for (without kept sinks)."""
+    def pattern_of(self, use: Use) -> Method:
+        """The pattern or selector that a name or a combination stands for (without kept sinks)."""
         if isinstance(use, Named):
             return self.pattern_of(dict(self.patterns)[use.name])
         if isinstance(use, Combined):
-            parts = tuple(self.pattern_of(part) for part in use.parts)
+            # The parser and the constructors of AnyOf and AllOf refuse selectors as parts.
+            parts = cast(tuple[Pattern, ...], tuple(self.pattern_of(part) for part in use.parts))
             return AnyOf(parts) if use.kind == "any" else AllOf(parts)
         return use
 

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from sparsereel.patterns import Full, Pattern
 from sparsereel.schedule import Amount, check_step, share_of
+from sparsereel.selectors.base import Selector
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,10 @@ class Combined:
     parts: tuple[Use, ...]
 
 
-Use = Pattern | Named | Combined
+Use = Pattern | Selector | Named | Combined
+
+# What a head does in the end: blocks by place, or blocks chosen from q and k.
+Method = Pattern | Selector
 
 
 @dataclass(frozen=True)
@@ -94,14 +98,14 @@ LayerKey = Numbers | str
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one layer does: for each head, (stretch or None for always, pattern) in order of precedence."""
+    """What one layer does: for each head, (stretch or None for always, method) in order of precedence."""
 
     name: str
     index: int
-    heads: tuple[tuple[tuple[StepRange | None, Pattern], ...], ...]
+    heads: tuple[tuple[tuple[StepRange | None, Method], ...], ...]
 
-    def at(self, step: int, total: int) -> tuple[Pattern, ...]:
-        """One pattern a head at step `step` (from 0) of `total`.
+    def at(self, step: int, total: int) -> tuple[Method, ...]:
+        """One pattern or selector a head at step `step` (from 0) of `total`.
 
         Raises:
             ValueError: step outside 0..total - 1.
@@ -110,7 +114,7 @@ class LayerPlan:
         return self._always or tuple(_pattern_at(head, step, total) for head in self.heads)
 
     @cached_property
-    def _always(self) -> tuple[Pattern, ...] | None:
+    def _always(self) -> tuple[Method, ...] | None:
         if all(head[0][0] is None for head in self.heads):
             return tuple(head[0][1] for head in self.heads)
         return None
@@ -125,8 +129,13 @@ class LayerPlan:
         """Whether `at` differs between steps."""
         return self._always is None
 
-    def distinct(self) -> set[Pattern]:
-        """All patterns that occur in any head at any step."""
+    @cached_property
+    def has_selectors(self) -> bool:
+        """Whether any head chooses its blocks at run time at any step."""
+        return any(isinstance(method, Selector) for method in self.distinct())
+
+    def distinct(self) -> set[Method]:
+        """All patterns and selectors that occur in any head at any step."""
         return {pattern for head in self.heads for _, pattern in head}
 
     def describe(self) -> str:
@@ -141,11 +150,11 @@ class LayerPlan:
         return _describe_head(self.heads[head])
 
 
-def _describe_head(head: tuple[tuple[StepRange | None, Pattern], ...]) -> str:
+def _describe_head(head: tuple[tuple[StepRange | None, Method], ...]) -> str:
     if head[0][0] is None:
         return str(head[0][1])
     return "; ".join(f"{pattern} at steps {stretch.text}" for stretch, pattern in head if stretch is not None)
 
 
-def _pattern_at(head: tuple[tuple[StepRange | None, Pattern], ...], step: int, total: int) -> Pattern:
+def _pattern_at(head: tuple[tuple[StepRange | None, Method], ...], step: int, total: int) -> Method:
     return next(pattern for stretch, pattern in head if stretch is None or (step, total) in stretch)

@@ -9,7 +9,7 @@ from dataclasses import fields
 from itertools import combinations
 from typing import Any, NoReturn
 
-from sparsereel import patterns
+from sparsereel import patterns, selectors
 from sparsereel.patterns import AllOf, AnyOf, Pattern, Skip
 from sparsereel.plan import VERSION, AttentionPlan, ModelSpec
 from sparsereel.plan_entries import (
@@ -25,6 +25,7 @@ from sparsereel.plan_entries import (
 )
 from sparsereel.plan_file import Keys, Source
 from sparsereel.schedule import Schedule
+from sparsereel.selectors import Selector
 
 TOP_KEYS = ("version", "model", "schedule", "keep_sinks", "patterns", "components", "calibration")
 MODEL_KEYS = {"family": "family", "class": "class_name", "layers": "layers", "heads": "heads"}
@@ -139,19 +140,17 @@ def _parse_patterns(place: Place | None) -> dict[str, Use]:
 
 
 def parse_use(place: Place, named: dict[str, Use]) -> Use:
-    """A pattern: a name, {name: arguments}, {any: [...]}, {all: [...]}."""
+    """A pattern or selector: a name, {name: arguments}, {any: [...]}, {all: [...]}, {selector: name, ...}."""
     if isinstance(place.value, str):
         if place.value in named:
             return Named(place.value)
         return _make(place, place.value, {}, named)
     if not isinstance(place.value, dict) or not place.value:
-        shapes = "a name, {name: {arguments}}, {any: [...]} or {all: [...]}"
+        shapes = "a name, {name: {arguments}}, {any: [...]}, {all: [...]} or {selector: name, arguments}"
         place.fail(f"a pattern must be {shapes}, got {_short(place.value)}")
     if "selector" in place.value:
-        known = ", ".join(patterns.names())
-        place.fail(
-            f"unknown selector {_short(place.value['selector'])}; this version has none, the patterns are {known}"
-        )
+        selector: Selector = place.checked(lambda: selectors.from_mapping(place.value))
+        return selector
     entries = list(place.items("a pattern"))
     if len(entries) != 1:
         place.fail(f"a pattern must have one name, got {', '.join(key for key, _ in entries)}")
@@ -176,18 +175,20 @@ def _tuples(value: Any) -> Any:
 
 def _combine(place: Place, kind: str, named: dict[str, Use]) -> Use:
     parts = tuple(parse_use(entry, named) for entry in place.elements(kind))
-    if _holds_skip(parts, named):
+    if _holds(Selector, parts, named):
+        place.fail(f"a selector cannot be part of {kind}: its blocks are known at run time only")
+    if _holds(Skip, parts, named):
         place.fail(f"skip cannot be part of {kind}: a head is either skipped or not")
     if all(isinstance(part, Pattern) for part in parts):
         return AnyOf(parts) if kind == "any" else AllOf(parts)  # type: ignore[arg-type]
     return Combined(kind, parts)
 
 
-def _holds_skip(parts: tuple[Use, ...], named: dict[str, Use]) -> bool:
+def _holds(kind: type, parts: tuple[Use, ...], named: dict[str, Use]) -> bool:
     for part in parts:
         while isinstance(part, Named):
             part = named[part.name]
-        if isinstance(part, Skip):
+        if isinstance(part, kind):
             return True
     return False
 
@@ -349,9 +350,11 @@ def _describe_choice(choice: Choice) -> Any:
 
 
 def describe_use(use: Use) -> Any:
-    """A pattern as plans write it: a name, {name: arguments}, {any: [...]}, {all: [...]}."""
+    """A pattern or selector as plans write it; see `parse_use`."""
     if isinstance(use, Named):
         return use.name
+    if isinstance(use, Selector):
+        return use.to_mapping()
     if isinstance(use, Combined):
         return {use.kind: [describe_use(part) for part in use.parts]}
     if isinstance(use, (AnyOf, AllOf)):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sparsereel.patterns import Pattern
 from sparsereel.plan import AttentionPlan
+from sparsereel.selectors.base import Selector
 
 FOLDER = Path(__file__).with_name("presets")
 
@@ -27,20 +28,22 @@ def load(name: str) -> AttentionPlan:
     return AttentionPlan.load(FOLDER / f"{known}.yaml")
 
 
-def resolve_plan(plan: str | Path | AttentionPlan | Pattern) -> AttentionPlan:
-    """The plan that a preset name, a plan file, a plan or a pattern (for every head at every step) stands for.
+def resolve_plan(plan: str | Path | AttentionPlan | Pattern | Selector) -> AttentionPlan:
+    """The plan that a name, a file, a plan, or a pattern or selector (for every head at every step) stands for.
 
     Raises:
         ValueError: neither a preset nor a readable plan file, or another kind of object.
     """
     if isinstance(plan, AttentionPlan):
         return plan
-    if isinstance(plan, Pattern):
+    if isinstance(plan, (Pattern, Selector)):
         return AttentionPlan.uniform(plan)
     if isinstance(plan, Path):
         return AttentionPlan.load(plan)
     if not isinstance(plan, str):
-        raise ValueError(f"a plan is a preset name, a path, an AttentionPlan or a Pattern, got {type(plan).__name__}")
+        raise ValueError(
+            f"a plan is a preset name, a path, an AttentionPlan, a Pattern or a Selector, got {type(plan).__name__}"
+        )
     if plan.replace("_", "-") in names():
         return load(plan)
     path = Path(plan)

@@ -27,7 +27,7 @@ from sparsereel.patterns.base import Pattern
 from sparsereel.plan import AttentionPlan
 from sparsereel.plan_entries import Method
 from sparsereel.selectors import SelectionContext, Selector, refreshing
-from sparsereel.sparse_layer import LAYERS, SparseLayer
+from sparsereel.sparse_layer import LAYERS, SparseLayer, in_backward
 from sparsereel.step import StepInfo, StepSource
 from sparsereel.token_order import BLOCK, MASKS, Tile, best_tile, tile_order
 from sparsereel_kernels import dispatch, run, sparse_attention
@@ -38,6 +38,10 @@ logger = logging.getLogger("sparsereel")
 
 #: reasons that are the plan's own wish: no warning
 _INTENDED = ("dense step of the schedule", "the plan says full")
+
+
+#: one forward call: layout, tile, what its layers chose
+CallState = tuple[Layout | None, Tile | None, dict[SparseLayer, Choice | None]]
 
 
 class ModelRuntime(OrderSource):
@@ -63,6 +67,7 @@ class ModelRuntime(OrderSource):
         # The call in progress.
         self.layout: Layout | None = None
         self.tile: Tile | None = None
+        self.chosen: dict[SparseLayer, Choice | None] = {}
         #: whether the family can put tokens in tile order; set when its hooks are installed
         self.orders_tokens = False
         self._tiles: dict[Layout, Tile | None] = {}
@@ -78,8 +83,8 @@ class ModelRuntime(OrderSource):
         memo[id(self)] = twin
         for key, value in vars(self).items():
             shared = key in ("model_ref", "family", "plan", "_padding")
-            own = {} if key == "selections" else value
-            setattr(twin, key, own if shared or key == "selections" else copy.deepcopy(value, memo))
+            fresh = key in ("selections", "chosen")
+            setattr(twin, key, {} if fresh else value if shared else copy.deepcopy(value, memo))
         copied = memo.get(id(self.model_ref()))
         twin.model_ref = self.model_ref if copied is None else weakref.ref(copied)
         return twin
@@ -95,6 +100,7 @@ class ModelRuntime(OrderSource):
         if not torch.compiler.is_compiling():
             self._step_known = False
             self._padding = None
+            self.chosen = {}
             for layer in self.layers:
                 layer.reached = False
 
@@ -115,6 +121,16 @@ class ModelRuntime(OrderSource):
             self._announced.add(key)
             shown = ", ".join(missed[:4]) + (f" and {len(missed) - 4} more" if len(missed) > 4 else "")
             logger.warning("%s: marked as replaced, but this forward did not reach it; it ran as it was", shown)
+
+    def call_state(self) -> CallState:
+        """The call in progress, for blocks that gradient checkpointing runs again later."""
+        return self.layout, self.tile, self.chosen
+
+    def exchange(self, state: CallState) -> CallState:
+        """Take up a call of before; returns the state that it replaces."""
+        outer = self.call_state()
+        self.layout, self.tile, self.chosen = state
+        return outer
 
     # -------------------------------------------------------------- geometry
 
@@ -162,9 +178,8 @@ class ModelRuntime(OrderSource):
         scale: float | None = None,
     ) -> Choice | None:
         """What this call of `layer` runs, or None for dense; counted and, when new, announced."""
-        if _in_backward():
-            # Gradient checkpointing runs the forward again; it must see the masks that the first run saw.
-            return layer.last_choice
+        if in_backward():
+            return self.repeat(layer)
         step, reason = self._sparse_step(layer, layout)
         choice = None
         if step is not None:
@@ -176,6 +191,10 @@ class ModelRuntime(OrderSource):
             return None
         layer.count_sparse(choice)
         return choice
+
+    def repeat(self, layer: SparseLayer) -> Choice | None:
+        """The choice of a call that gradient checkpointing runs again: the one that its first run saw."""
+        return self.chosen.get(layer, layer.last_choice)
 
     def _sparse_step(self, layer: SparseLayer, layout: Layout) -> tuple[StepInfo | None, str]:
         """The step, where the schedule allows sparsity; else None and the reason."""
@@ -283,10 +302,6 @@ class ModelRuntime(OrderSource):
         self._announced.add(reason)
         level = logging.DEBUG if reason in _INTENDED else logging.WARNING
         logger.log(level, "%s.%s stays dense: %s", self.component, layer, reason)
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsereel.families.layout import Layout
+from sparsereel.launches import Choice, run_launches
 from sparsereel.padding import bias_of
 from sparsereel.plan import LayerPlan
+from sparsereel.step import StepInfo
 from sparsereel_kernels import BlockMask, dispatch, run, sparse_attention
 
 if TYPE_CHECKING:
@@ -37,11 +39,11 @@ class Tally:
     seconds: float = 0.0
     backend: str | None = None
 
-    def add_sparse(self, mask: BlockMask) -> None:
+    def add_sparse(self, choice: Choice) -> None:
         self.calls += 1
         self.sparse_calls += 1
-        self.density += mask.density
-        self.token_density += mask.token_density
+        self.density += choice.density
+        self.token_density += choice.token_density
 
     def add_dense(self, reason: str) -> None:
         self.calls += 1
@@ -78,9 +80,14 @@ class SparseLayer:
         self.name = name
         self.index = index
         self.plan = plan
+        # Plain attributes: compiled code cannot read a cached property.
+        self.has_selectors = plan.has_selectors
         self.tally = Tally()
-        self.last_mask: BlockMask | None = None
+        self.last_choice: Choice | None = None
         self.reached = False
+        # Calls at the step in progress: the first is one guidance branch, the second the other.
+        self._step: StepInfo | None = None
+        self._calls_at_step = 0
         self._take_slot()
 
     def _take_slot(self) -> None:
@@ -92,7 +99,7 @@ class SparseLayer:
         twin = object.__new__(SparseLayer)
         memo[id(self)] = twin
         for key, value in vars(self).items():
-            shared = key in ("plan", "last_mask")
+            shared = key in ("plan", "last_choice")
             setattr(twin, key, value if shared else copy.deepcopy(value, memo))
         # A copied model is its own: compiled graphs find layers by slot.
         twin._take_slot()
@@ -119,6 +126,9 @@ class SparseLayer:
     ) -> torch.Tensor:
         if layout is None:
             return call.dense()
+        if self.has_selectors:
+            padding = call.attn_mask
+            return torch.ops.sparsereel.attend_layer(self.slot, q, k, v, padding, call.scale, list(layout))
         name = torch.ops.sparsereel.select_mask(self.slot, q, k, list(layout))
         # Whether a padding mask is a plain prefix is data; a graph takes it as a bias, which needs no such test.
         bias = bias_of(call.attn_mask)
@@ -134,37 +144,56 @@ class SparseLayer:
         refuse: str | None,
     ) -> torch.Tensor:
         runtime = self.runtime
-        if refuse is not None or layout is None:
+        again = in_backward()
+        if not again and (refuse is not None or layout is None):
             self.count_dense(refuse or "")
             return call.dense()
-        mask = runtime.select(self, layout, q, k)
-        if mask is None and not (call.free_choice and runtime.own_dense(q)):
+        if again and runtime.repeat(self) is None:
             return call.dense()
         lengths, bias = runtime.key_padding(call.attn_mask)
-        if mask is not None:
-            self.note_backend(q, k, v, mask)
-        return sparse_attention(
-            q, k, v, mask, scale=call.scale, key_lengths=lengths, modifier=bias, backend=runtime.backend
-        )
+        choice = runtime.select(self, layout or (), q, k, lengths, call.scale)
+        options = {"scale": call.scale, "key_lengths": lengths, "modifier": bias, "backend": runtime.backend}
+        if choice is not None:
+            self.note_backend(q, k, v, choice)
+            return run_launches(q, k, v, choice, **options)
+        if call.free_choice and runtime.own_dense(q):
+            return sparse_attention(q, k, v, **options)
+        return call.dense()
 
-    def note_backend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask) -> None:
+    def branch_at(self, step: StepInfo) -> str:
+        """Which of the calls at this step this is: guidance branches are calls of their own, in a fixed order."""
+        if step != self._step:
+            self._step, self._calls_at_step = step, 0
+        self._calls_at_step += 1
+        return str(self._calls_at_step)
+
+    def note_backend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, choice: Choice) -> None:
         """Remember which kernel this call runs on, for the report."""
+        mask: BlockMask | None = choice.launches[0].mask
         needs_gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         problem = run.problem_of(q, k, v, mask, None, None, run.Wants(backward=needs_gradients))
         self.tally.backend = dispatch.choose(self.runtime.backend, problem, mask).name
 
     def count_dense(self, reason: str) -> None:
         """A call stays dense for `reason`."""
-        self.reached = True
-        self.last_mask = None
+        self._chose(None)
         self.tally.add_dense(reason)
         self.runtime.announce(reason, self.name)
 
-    def count_sparse(self, mask: BlockMask) -> None:
-        """A call runs with `mask`."""
+    def count_sparse(self, choice: Choice) -> None:
+        """A call runs as `choice` says."""
+        self._chose(choice)
+        self.tally.add_sparse(choice)
+
+    def _chose(self, choice: Choice | None) -> None:
         self.reached = True
-        self.last_mask = mask
-        self.tally.add_sparse(mask)
+        self.last_choice = choice
+        self.runtime.chosen[self] = choice
+
+
+def in_backward() -> bool:
+    """Whether autograd is running: what is called now is a forward pass that gradient checkpointing runs again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _refusal(q: torch.Tensor, k: torch.Tensor, call: Call) -> str | None:

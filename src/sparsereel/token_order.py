@@ -16,6 +16,7 @@ from sparsereel.families.layout import Layout, decode
 from sparsereel.grid import Permutation, TokenGrid
 from sparsereel.mask_cache import MaskCache
 from sparsereel.patterns.base import Pattern
+from sparsereel.plan_entries import Method
 
 BLOCK = (128, 64)
 #: 256 tokens: two query blocks, four key blocks
@@ -32,12 +33,18 @@ def tile_order(layout: Layout, tile: Tile) -> Permutation:
     return decode(layout).tile_order(tile)
 
 
-def best_tile(patterns: Mapping[Pattern, int], grid: TokenGrid) -> Tile | None:
+def best_tile(methods: Mapping[Method, int], grid: TokenGrid) -> Tile | None:
     """The tile whose order visits the fewest blocks, or None for the model's own order.
 
+    Selectors choose blocks by the mean of their tokens, which says more where the tokens are near each other: they vote
+    for tiles, and decide where they hold more than half of the heads.
+
     Args:
-        patterns: how many heads follow each pattern.
+        methods: how many heads follow each pattern or selector.
     """
+    patterns = {method: heads for method, heads in methods.items() if isinstance(method, Pattern)}
+    if 2 * sum(patterns.values()) < sum(methods.values()):
+        return GENERAL_TILE if grid.seq_len > GENERAL_TILE[0] * GENERAL_TILE[1] * GENERAL_TILE[2] else None
     preferred = [pattern.preferred_tile(grid) for pattern in patterns]
     tiles = dict.fromkeys([tile for tile in preferred if tile is not None] + [GENERAL_TILE])
     best, fewest = None, _visited(patterns, grid, None)

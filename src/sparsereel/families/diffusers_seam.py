@@ -130,19 +130,25 @@ class _Registration:
 
     def __init__(self) -> None:
         self.users = 0
+        self.entered = False
         self.member: Any = None
 
     def acquire(self) -> None:
         self.users += 1
-        if self.users == 1:
+        if not self.entered:
             self._enter()
+            self.entered = True
 
     def release(self) -> None:
-        if self.users == 0:
-            return
-        self.users -= 1
-        if self.users == 0:
+        self.forget()
+        if self.users == 0 and self.entered:
             self._leave()
+            self.entered = False
+
+    def forget(self) -> None:
+        """A user was garbage-collected. That may happen while `torch.compile` reads the registries, so the entries
+        stay until the next release."""
+        self.users -= 1
 
     def _enter(self) -> None:
         from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
@@ -220,29 +226,44 @@ def _sdpa_to_layer(
 def replace_processor(module: Any, layer: Layer, seam: str) -> Any:
     """Give `module` a copy of its processor that announces `layer`; returns the original processor."""
     original = module.processor
+    module.processor = announcing(original, layer, seam)
+    return original
+
+
+def announcing(original: Any, layer: Layer, seam: str) -> Any:
+    """A copy of a processor that announces `layer` whenever it is called."""
     clone = copy.copy(original)
     clone.__class__ = _subclass(type(original), seam)  # type: ignore[arg-type]
     clone.sparsereel_layer = layer
     clone.sparsereel_dense_backend = getattr(original, "_attention_backend", None)
-    module.processor = clone
-    return original
+    return clone
 
 
-def put_back_processor(module: Any, original: Any) -> None:
-    """Undo `replace_processor`; a backend that the user set meanwhile is carried over."""
-    current = module.processor
-    if not is_replaced(current):
-        # The user (or `fuse_qkv_projections`) installed another processor since: theirs stays.
-        return
-    set_meanwhile = hasattr(type(original), "_attention_backend") and current.sparsereel_dense_backend is not None
-    if set_meanwhile or "_attention_backend" in vars(original):
-        original._attention_backend = current.sparsereel_dense_backend
-    module.processor = original
+def put_back_processor(module: Any, original: Any, announcer: Any) -> None:
+    """Undo `replace_processor`; what the user set meanwhile, such as an attention backend, is carried over.
+
+    The announcer turns into a plain copy of the original: code that keeps processors to put them back later
+    (`fuse_qkv_projections`, PAG pipelines) may still hold it.
+    """
+    backend = announcer.sparsereel_dense_backend
+    del announcer.sparsereel_layer, announcer.sparsereel_dense_backend
+    announcer.__class__ = type(original)
+    if backend is not None or "_attention_backend" in vars(announcer):
+        announcer._attention_backend = backend
+    vars(original).update(vars(announcer))
+    # Otherwise the user installed another processor since: theirs stays.
+    if module.processor is announcer:
+        module.processor = original
 
 
 def is_replaced(processor: Any) -> bool:
     """Whether a processor is one of ours."""
     return hasattr(type(processor), "sparsereel_base")
+
+
+def layer_of(processor: Any) -> Any:
+    """The layer that a processor of ours announces; None for others."""
+    return vars(processor).get("sparsereel_layer")
 
 
 @functools.cache

@@ -1,0 +1,83 @@
+"""One call of a sparse layer as one or more launches: heads with static patterns together, each selector by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsereel.selectors.base import Selection
+from sparsereel_kernels import BlockMask, sparse_attention
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """Heads that run together.
+
+    Attributes:
+        heads: their numbers, in ascending order; None = all heads of the layer.
+        mask: for these heads (or one head that stands for all); None = dense.
+        selection: the orders of tokens that the mask is for, where a selector moves them.
+    """
+
+    heads: tuple[int, ...] | None
+    mask: BlockMask | None
+    selection: Selection | None = None
+
+    @property
+    def moves_tokens(self) -> bool:
+        """Whether q, k and v have to be put in another order first."""
+        found = self.selection
+        return found is not None and (found.order_q is not None or found.order_k is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What one call of a layer runs. `density` and `token_density` are means over all heads."""
+
+    launches: tuple[Launch, ...]
+    density: float
+    token_density: float
+
+    @classmethod
+    def of(cls, launches: list[Launch], heads: int) -> Choice:
+        """A choice from its launches, which together hold every head of `heads` once."""
+        shares = [(len(x.heads) if x.heads is not None else heads) / heads for x in launches]
+        masks = [x.mask for x in launches]
+        density = sum(s * (1.0 if m is None else m.density) for s, m in zip(shares, masks, strict=True))
+        token_density = sum(s * (1.0 if m is None else m.token_density) for s, m in zip(shares, masks, strict=True))
+        return cls(tuple(launches), density, token_density)
+
+    @property
+    def only_mask(self) -> BlockMask | None:
+        """The mask where one plain launch is all there is; None otherwise."""
+        (first, *rest) = self.launches
+        return None if rest or first.heads is not None or first.moves_tokens else first.mask
+
+
+def run_launches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, choice: Choice, **options: Any) -> torch.Tensor:
+    """Attention of q (B, H, S, D) to k and v (B, Hkv, S, D), launch by launch.
+
+    Args:
+        options: `scale`, `key_lengths`, `modifier` and `backend` of `sparse_attention`.
+    """
+    first = choice.launches[0]
+    if first.heads is None:
+        return _run(q, k, v, first, options)
+    parts = []
+    for launch in choice.launches:
+        heads = list(launch.heads or ())
+        shared = [head * k.shape[1] // q.shape[1] for head in heads]
+        parts.append(_run(q[:, heads], k[:, shared], v[:, shared], launch, options))
+    # Put the heads back in their places: the launches hold them in an order of their own.
+    numbers = [head for launch in choice.launches for head in launch.heads or ()]
+    places = torch.tensor(numbers, device=q.device).argsort()
+    return torch.cat(parts, dim=1).index_select(1, places)
+
+
+def _run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, launch: Launch, options: dict[str, Any]) -> torch.Tensor:
+    if launch.selection is None or not launch.moves_tokens:
+        return sparse_attention(q, k, v, launch.mask, **options)
+    q, k, v = launch.selection.arrange(q, k, v)
+    return launch.selection.restore(sparse_attention(q, k, v, launch.mask, **options))
