@@ -25,7 +25,8 @@ class Xattention(Selector):
     Groups of `stride` tokens S: K~_m = [K_mS, ..., K_(mS+S-1)], Q~_n = [Q_(nS+S-1), ..., Q_nS], joined along the
     features, so that Q~_n . K~_m is the sum of the logits on one antidiagonal. A = softmax(scale / S * Q~ K~^T), and a
     block scores the sum of A over its (BQ / S) x (BK / S) groups. Every row and column of a block is on some
-    antidiagonal, so vertical and slanted lines are seen. The fewest blocks that hold `threshold` of a row's score are
+    antidiagonal, so vertical and slanted lines are seen (with an even stride, lines at an even distance q - k only by
+    what lies beside them). The fewest blocks that hold `threshold` of a row's score are
     kept, the crossing one included.
 
     Args:
