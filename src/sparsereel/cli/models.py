@@ -18,10 +18,10 @@ def models(
     from sparsereel.families import FAMILIES
 
     table = Table(box=None, pad_edge=False)
-    for name in ("family", "classes", "seam"):
+    for name in ("family", "models", "classes", "seam"):
         table.add_column(name)
     for family in FAMILIES:
-        table.add_row(family.name, ", ".join(family.classes), family.seam)
+        table.add_row(family.name, family.covers, ", ".join(family.classes), family.seam)
     console.people.print(table)
-    rows = [{"family": f.name, "classes": list(f.classes), "seam": f.seam} for f in FAMILIES]
+    rows = [{"family": f.name, "models": f.covers, "classes": list(f.classes), "seam": f.seam} for f in FAMILIES]
     console.emit_json(json, rows)

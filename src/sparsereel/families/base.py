@@ -20,6 +20,8 @@ class Family(ABC):
     """One model family. Subclasses are stateless; one instance of each is registered in `families.FAMILIES`."""
 
     name: ClassVar[str]
+    #: what people know these models as, for tables
+    covers: ClassVar[str]
     #: class names of the diffusers models that this family covers
     classes: ClassVar[tuple[str, ...]]
     #: "dispatch" for processors that call `dispatch_attention_fn`, "sdpa" for those that call

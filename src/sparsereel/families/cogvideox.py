@@ -13,6 +13,7 @@ from sparsereel.families.layout import Layout, text, video
 
 class CogVideoX(Family):
     name = "cogvideox"
+    covers = "CogVideoX, CogVideoX 1.5"
     classes = ("CogVideoXTransformer3DModel",)
     seam = "sdpa"
     processors = frozenset({"CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"})

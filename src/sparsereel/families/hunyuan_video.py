@@ -13,6 +13,7 @@ from sparsereel.families.layout import Layout, text, video
 
 class HunyuanVideo(Family):
     name = "hunyuan_video"
+    covers = "HunyuanVideo"
     classes = ("HunyuanVideoTransformer3DModel",)
     seam = "dispatch"
     processors = frozenset({"HunyuanVideoAttnProcessor2_0"})

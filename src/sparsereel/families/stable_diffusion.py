@@ -16,6 +16,7 @@ from sparsereel.families.layout import Layout, image
 
 class StableDiffusion(Family):
     name = "stable_diffusion"
+    covers = "Stable Diffusion 1.5, 2, XL: 2-D self-attention, a grid a level"
     classes = ("UNet2DConditionModel",)
     seam = "sdpa"
     processors = frozenset({"AttnProcessor2_0", "FusedAttnProcessor2_0"})

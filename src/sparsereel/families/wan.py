@@ -19,6 +19,7 @@ from sparsereel.families.layout import Layout, video
 
 class Wan(Family):
     name = "wan"
+    covers = "Wan 2.1 text- and image-to-video, Wan 2.2 (two transformers; per-token timesteps), Wan VACE"
     classes = ("WanTransformer3DModel", "WanVACETransformer3DModel")
     seam = "dispatch"
     processors = frozenset({"WanAttnProcessor"})
