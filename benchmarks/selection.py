@@ -5,12 +5,13 @@
     python benchmarks/selection.py --json -                         # JSON to standard output, no table
 
 Inputs have structure: scores fall off with distance in time and place, at rates that differ by head. Settings bring
-each method near a tenth of the blocks. Three things are timed in turns: choosing (`refreshing` with everything new),
-attending to what was chosen (native bf16 kernel), and attending to a tenth of the blocks, the same for all methods.
-`ratio` is choosing / attending in seconds on the wall. `cpu` is the same in seconds of processor time, which hardly
-depends on what else runs on the machine; `at 0.1` is choosing / attending to a tenth, in processor time too, and
-`every 4` what is left of it where scores are computed every fourth step. Methods that remember (svg2, adaspa) are timed
-at their second call; `first` is what the first takes. `move` is the time to put q, k, v and the output in order.
+each method near a tenth of the blocks. Three things are timed in turns, best of each: choosing (`refreshing` with
+everything new), attending to what was chosen (native bf16 kernel), and attending to a tenth of the blocks, the same for
+all methods. `ratio` is choosing / attending in seconds on the wall. `cpu` is the same in seconds of processor time,
+which depends less on what else runs on the machine (with one thread: with more, waiting threads count too); `at 0.1` is
+choosing / attending to a tenth, in processor time too, and `every 4` what is left of it where scores are computed every
+fourth step. Methods that remember (svg2, adaspa) are timed at their second call; `first` is what the first takes.
+`move` is the time to put q, k, v and the output in order.
 
 Sample output:
 
@@ -24,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -101,10 +101,10 @@ def timed(call: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - processor
 
 
-def medians(samples: list[tuple[float, float]]) -> tuple[float, float]:
-    """Median wall and processor seconds."""
+def best(samples: list[tuple[float, float]]) -> tuple[float, float]:
+    """Least wall and least processor seconds."""
     walls, processors = zip(*samples, strict=True)
-    return statistics.median(walls), statistics.median(processors)
+    return min(walls), min(processors)
 
 
 @torch.no_grad()
@@ -129,7 +129,7 @@ def measure(selector: Selector, grid: TokenGrid, args: argparse.Namespace) -> Ro
             choose.append(timed(lambda later=later: refreshing(selector, q, k, later)))
         attend.append(timed(lambda: sparse_attention(*arranged, selection.mask)))
         common.append(timed(lambda: sparse_attention(q, k, v, tenth)))
-    select, attention, at_tenth = medians(choose), medians(attend), medians(common)
+    select, attention, at_tenth = best(choose), best(attend), best(common)
     move, _ = timed(lambda: selection.restore(selection.arrange(q, k, v)[0]))
     return {
         "selector": selector.name,

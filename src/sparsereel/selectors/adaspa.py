@@ -80,8 +80,8 @@ class Adaspa(Selector):
             def weigh(logits: Tensor, rows: slice) -> Tensor:
                 if known is None:
                     # Rows without any competitor weigh nothing, whatever their lse.
-                    lse[:, :, rows] = logits.logsumexp(-1).clamp(min=torch.finfo(torch.float32).min)
-                return logits.sub_(lse[:, :, rows, None]).exp_()
+                    lse[:, :, rows] = logits.float().logsumexp(-1).clamp(min=torch.finfo(torch.float32).min)
+                return (logits - lse[:, :, rows, None]).exp_()
 
             return block_mass(q, k, cut, scale, weigh)
 

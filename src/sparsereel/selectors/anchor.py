@@ -48,7 +48,7 @@ class Anchor(Selector):
     def block_map(self, q: Tensor, k: Tensor, cut: Partition, scale: float) -> Tensor:
         (bq, bk), (nq, nk) = cut.block, cut.counts
         heads, span = q.shape[1], self.group * bq
-        valid = cut.valid_tokens[:, None, None]
+        valid = cut.valid_tokens[:, None, None] if cut.padded else None
         means = (block_means(q, bq, cut.q_sizes, cut.valid_tokens if cut.padded else None) * scale).to(q.dtype)
         shared = cut.columns.clone()
         shared[0] = True
@@ -59,13 +59,14 @@ class Anchor(Selector):
             own = slice(start, min(start + span, cut.length))
             rows = q[:, :, own] * scale
             top = torch.maximum(
-                _largest(rows, keys[:, :, own], valid[..., own]),
-                _largest(rows, first_keys, valid[..., shared_tokens]),
+                _largest(rows, keys[:, :, own], None if valid is None else valid[..., own]),
+                _largest(rows, first_keys, None if valid is None else valid[..., shared_tokens]),
             )
             blocks = slice(start // bq, min(start // bq + self.group, nq))
             anchors = _mean_of_rows(top, bq, cut.q_sizes[:, blocks])
             near = (means[:, :, blocks] @ keys.transpose(-1, -2)).float() >= (anchors - self.theta)[..., None]
-            kept = F.pad((near & valid).any(2), (0, nk * bk - cut.length)).unflatten(2, (nk, bk)).any(3)
+            near = near if valid is None else near & valid
+            kept = F.pad(near.any(2), (0, nk * bk - cut.length)).unflatten(2, (nk, bk)).any(3)
             kept[..., own.start // bk : -(-own.stop // bk)] = True
             chosen.append((kept | shared)[:, :, None].expand(-1, -1, blocks.stop - blocks.start, -1))
         return torch.cat(chosen, 2)
@@ -81,9 +82,10 @@ class Anchor(Selector):
         return 2.0 * heads * head_dim * grid.seq_len * (anchor_keys + nq)
 
 
-def _largest(rows: Tensor, keys: Tensor, valid: Tensor) -> Tensor:
-    """fp32 [B, H, n]: the largest logit of each row among valid keys; -inf without any."""
-    return (rows @ keys.transpose(-1, -2)).float().masked_fill_(~valid, -torch.inf).amax(-1)
+def _largest(rows: Tensor, keys: Tensor, valid: Tensor | None) -> Tensor:
+    """fp32 [B, H, n]: the largest logit of each row among valid keys (None = all); -inf without any."""
+    logits = rows @ keys.transpose(-1, -2)
+    return (logits if valid is None else logits.masked_fill_(~valid, -torch.inf)).amax(-1).float()
 
 
 def _mean_of_rows(top: Tensor, block: int, sizes: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def block_mass(q: Tensor, k: Tensor, cut: Partition, scale: float, weigh: Weigh 
 
     Args:
         q, k: [B, H, S, D], [B, Hkv, S, D].
-        weigh: (logits fp32 [B, H, rows, S], -inf where not competing; rows) -> weights; None = softmax.
+        weigh: (logits [B, H, rows, S], -inf where not competing; rows) -> fp32 weights; None = softmax.
 
     Returns:
         fp32 [B, H, nQ, nK]; rows sum to 1 under softmax.
@@ -36,7 +36,8 @@ def block_mass(q: Tensor, k: Tensor, cut: Partition, scale: float, weigh: Weigh 
         if weigh is None:
             weights = softmax_over(logits, None if cut.all_compete else competing)
         else:
-            weights = weigh(logits.float().masked_fill_(~competing, -torch.inf), rows)
+            logits = logits if cut.all_compete else logits.float().masked_fill_(~competing, -torch.inf)
+            weights = weigh(logits, rows)
         by_block = block_sums(weights, bq, valid[:, rows] if cut.padded else None)
         padding = cut.counts[1] * bk - cut.length
         masses.append(F.pad(by_block, (0, padding)).unflatten(3, (cut.counts[1], bk)).sum(4))

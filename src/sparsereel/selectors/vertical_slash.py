@@ -78,13 +78,19 @@ def _line_scores(weights: Tensor, positions: Tensor, cut: Partition) -> tuple[Te
     Diagonal d holds the pairs with floor((q - k) / BK) = d - nK.
     """
     width, nk = cut.block[1], cut.counts[1]
-    until = torch.nn.functional.pad(weights.cumsum(-1), (1, 0))
+    until = weights.cumsum(-1)
+
+    def between(ends: Tensor) -> Tensor:
+        """Sums between neighbours of ascending positions [.., n, m] of keys."""
+        reached = until.gather(3, (ends - 1).clamp(min=0)[:, None].expand(*until.shape[:2], *ends.shape[1:]))
+        return (reached * (ends > 0)[:, None]).diff(dim=-1)
+
     ends = torch.arange(nk + 1, device=weights.device) * width
-    columns = until[..., ends.clamp(max=cut.length)].diff(dim=-1).sum(2)
+    columns = between(ends.clamp(max=cut.length).expand(positions.shape[0], positions.shape[1], -1)).sum(2)
     # Counted from the sampled token itself, so that each stretch of BK keys lies on one diagonal.
     shifted = ends - (width - 1 - positions % width)[..., None]
     shifted = torch.cat([shifted, shifted[..., -1:] + width], -1).clamp(0, cut.length)
-    stretches = until.gather(3, shifted[:, None].expand(*weights.shape[:2], -1, -1)).diff(dim=-1)
+    stretches = between(shifted)
     which = (positions // width)[..., None] - torch.arange(-nk, nk + 1, device=weights.device)
     inside = (which >= 0) & (which <= nk)
     index = which.clamp(0, nk)[:, None].expand(*weights.shape[:2], -1, -1)

@@ -26,8 +26,8 @@ class Xattention(Selector):
     features, so that Q~_n . K~_m is the sum of the logits on one antidiagonal. A = softmax(scale / S * Q~ K~^T), and a
     block scores the sum of A over its (BQ / S) x (BK / S) groups. Every row and column of a block is on some
     antidiagonal, so vertical and slanted lines are seen (with an even stride, lines at an even distance q - k only by
-    what lies beside them). The fewest blocks that hold `threshold` of a row's score are
-    kept, the crossing one included.
+    what lies beside them). The fewest blocks that hold `threshold` of a row's score are kept, the crossing one
+    included.
 
     Args:
         threshold: share of the row's score, above 0; 1 keeps all. The authors use 0.9 for video.
