@@ -72,6 +72,7 @@ class Injection:
                 continue
             layer = SparseLayer(runtime, name, index, plan)
             runtime.layers.append(layer)
+            runtime.attentions.append(module)
             original = diffusers_seam.replace_processor(module, layer, family.seam)
             self.replaced.append((module, original, module.processor))
         self.checkpoints = Checkpoints(model, runtime, [(m, o, p.sparsereel_layer) for m, o, p in self.replaced])

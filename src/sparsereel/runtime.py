@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from sparsereel.families.base import Family, OrderSource, layout_length, named
+from sparsereel.families.diffusers_seam import blurs_queries
 from sparsereel.families.layout import Layout, decode
 from sparsereel.grid import Permutation
 from sparsereel.launches import Choice, Launch, run_launches
@@ -55,6 +56,8 @@ class ModelRuntime(OrderSource):
         plan: AttentionPlan,
         backend: str,
     ) -> None:
+        # Not a decorator: it imports the compiler, which takes longer than all of `import sparsereel`.
+        torch.compiler.assume_constant_result(ModelRuntime._tile_for)
         self.model_ref = weakref.ref(model)
         self.family = family
         self.component = component
@@ -64,6 +67,8 @@ class ModelRuntime(OrderSource):
         self.profile = False
         self.steps = StepSource()
         self.layers: list[SparseLayer] = []
+        #: the modules of `layers`
+        self.attentions: list[torch.nn.Module] = []
         # The call in progress.
         self.layout: Layout | None = None
         self.tile: Tile | None = None
@@ -96,7 +101,8 @@ class ModelRuntime(OrderSource):
         arguments = named(self.family.parameters, args, kwargs)
         layout = self.family.layout(model, arguments)
         self.layout = layout
-        self.tile = self._tile_for(layout) if self.orders_tokens and layout is not None else None
+        ordered = self.orders_tokens and layout is not None and not any(map(blurs_queries, self.attentions))
+        self.tile = self._tile_for(layout) if ordered and layout is not None else None
         if not torch.compiler.is_compiling():
             self._step_known = False
             self._padding = None
@@ -143,7 +149,6 @@ class ModelRuntime(OrderSource):
             return None
         return torch.ops.sparsereel.token_order(like, list(self.layout), list(self.tile), inverse)
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _tile_for(self, layout: Layout) -> Tile | None:
         if layout not in self._tiles:
             grid = decode(layout)

@@ -44,6 +44,8 @@ class _Active:
 
     layer: Any = None
     dense_backend: Any = None
+    #: why this call is not to be touched
+    refuse: str | None = None
     in_dense: bool = False
 
 
@@ -86,11 +88,9 @@ def dispatched_attention(
     if layer is None:
         # Somebody named the backend without a replaced processor: nothing is known about the call.
         return dense()
-    refuse = None
+    refuse = ACTIVE.refuse or _skipped_scores()
     if _parallel_config is not None:
         refuse = "context parallelism is enabled on the model"
-    elif _scores_are_skipped():
-        refuse = "a guider replaces the attention scores in this pass"
     call = Call(
         attn_mask=attn_mask,
         dropout_p=dropout_p,
@@ -113,11 +113,34 @@ def _default_is_native() -> bool:
     return _AttentionBackendRegistry.get_active_backend()[0] == AttentionBackendName.NATIVE
 
 
-def _scores_are_skipped() -> bool:
+_SKIPS_SCORES = "a guider replaces the attention scores in this pass"
+_BLURS_QUERIES = "a guider blurs the queries in this pass"
+
+
+def _skipped_scores() -> str | None:
     """Whether a perturbed-attention guider is active: it intercepts only `F.scaled_dot_product_attention`."""
     if torch.compiler.is_compiling():
-        return False
-    return any(type(mode).__name__ == "AttentionScoreSkipFunctionMode" for mode in _function_modes())
+        return None  # `_perturbation` sees the hook that enters the mode
+    active = any(type(mode).__name__ == "AttentionScoreSkipFunctionMode" for mode in _function_modes())
+    return _SKIPS_SCORES if active else None
+
+
+def _perturbation(attn: Any) -> str | None:
+    """What a guider's hook on an attention layer does to it in this pass; None where there is none."""
+    if any(getattr(hook, "skip_attention_scores", False) for hook in _hooks(attn)):
+        return _SKIPS_SCORES
+    return _BLURS_QUERIES if blurs_queries(attn) else None
+
+
+def blurs_queries(attn: Any) -> bool:
+    """Whether smoothed-energy guidance is on in a layer. It takes tokens for pixels in the model's own order."""
+    projection = getattr(attn, "to_q", None)
+    return any(type(hook).__name__ == "SmoothedEnergyGuidanceHook" for hook in _hooks(projection))
+
+
+def _hooks(module: Any) -> list[Any]:
+    registry = getattr(module, "_diffusers_hook", None)
+    return [] if registry is None else list(registry.hooks.values())
 
 
 def _function_modes() -> list[Any]:
@@ -213,7 +236,7 @@ def _sdpa_to_layer(
         dropout_p=dropout_p,
         is_causal=is_causal,
         scale=scale,
-        refuse="a guider replaces the attention scores in this pass" if _scores_are_skipped() else None,
+        refuse=ACTIVE.refuse or _skipped_scores(),
         dense=dense,
         free_choice=True,
     )
@@ -234,6 +257,7 @@ def announcing(original: Any, layer: Layer, seam: str) -> Any:
     """A copy of a processor that announces `layer` whenever it is called."""
     clone = copy.copy(original)
     clone.__class__ = _subclass(type(original), seam)  # type: ignore[arg-type]
+    _introduce_to_guiders(type(original), type(clone))
     clone.sparsereel_layer = layer
     clone.sparsereel_dense_backend = getattr(original, "_attention_backend", None)
     return clone
@@ -276,21 +300,33 @@ def _subclass(base: type, seam: str) -> type:
     original_call = base.__call__
 
     @functools.wraps(original_call)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        outer_layer, outer_backend = ACTIVE.layer, ACTIVE.dense_backend
+    def __call__(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        outer = ACTIVE.layer, ACTIVE.dense_backend, ACTIVE.refuse
         ACTIVE.layer, ACTIVE.dense_backend = self.sparsereel_layer, self.sparsereel_dense_backend
+        ACTIVE.refuse = _perturbation(attn)
         try:
             if seam == "dispatch":
-                return original_call(self, *args, **kwargs)
+                return original_call(self, attn, *args, **kwargs)
             with _SdpaMode():
-                return original_call(self, *args, **kwargs)
+                return original_call(self, attn, *args, **kwargs)
         finally:
-            ACTIVE.layer, ACTIVE.dense_backend = outer_layer, outer_backend
+            ACTIVE.layer, ACTIVE.dense_backend, ACTIVE.refuse = outer
 
     members: dict[str, Any] = {"__call__": __call__, "sparsereel_base": base, "__module__": base.__module__}
     if seam == "dispatch":
         members["_attention_backend"] = property(_get_backend, _set_backend)
     return type(base.__name__, (base,), members)
+
+
+def _introduce_to_guiders(base: type, subclass: type) -> None:
+    """Guiders that skip layers look a processor's class up and refuse those that they do not know."""
+    from diffusers.hooks._helpers import AttentionProcessorRegistry
+
+    try:
+        metadata = AttentionProcessorRegistry.get(base)
+    except ValueError:
+        return
+    AttentionProcessorRegistry.register(subclass, metadata)
 
 
 def _get_backend(self: Any) -> Any:
