@@ -236,6 +236,13 @@ CASES = {
             3,
         ),
         Case(
+            "hunyuan_i2v",
+            lambda: HunyuanVideoTransformer3DModel(**HUNYUAN, image_condition_type="token_replace"),
+            hunyuan_inputs,
+            (TokenGrid(5, 8, 8, text=TEXT),),
+            3,
+        ),
+        Case(
             "cogvideox",
             lambda: CogVideoXTransformer3DModel(**COGVIDEOX),
             cogvideox_inputs,

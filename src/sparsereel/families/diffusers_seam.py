@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import threading
 from typing import Any, Protocol
 
 import torch
@@ -39,8 +40,8 @@ class Layer(Protocol):
         ...
 
 
-class _Active:
-    """The replaced layer whose processor is running now."""
+class _Active(threading.local):
+    """The replaced layer whose processor is running now, in this thread."""
 
     layer: Any = None
     dense_backend: Any = None
