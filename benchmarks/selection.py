@@ -15,9 +15,9 @@ fourth step. Methods that remember (svg2, adaspa) are timed at their second call
 
 Sample output:
 
-    2 threads of AMD EPYC, torch 2.14.1; [1, 4, tokens, 64] bfloat16, blocks of 128 x 64
+    1 threads of AMD EPYC, torch 2.14.1; [1, 4, tokens, 64] bfloat16, blocks of 128 x 64
     selector          tokens  density  select ms  attend ms   ratio     cpu   at 0.1  every 4  first ms  move ms
-    block_topk        32,768    0.102       14.1      312.0   0.045   0.040    0.040    0.010      15.2      0.0
+    block_topk        32,768    0.102       24.0     1513.7   0.016   0.020    0.020    0.005      47.9      0.0
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if quiet:
         print(text, end="")
         return 0
-    path = Path(args.json) if args.json else RESULTS / "selectors.json"
+    path = Path(args.json) if args.json else RESULTS / "selection.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     print(f"written to {path}")
