@@ -17,6 +17,7 @@ from .forward_kernel import SIZES, clean_entry, edge_entry, key_limit, stretches
 from .primitives import (
     LOG2E,
     bias_of_keys,
+    filled,
     frames_of_keys,
     frames_of_queries,
     head_offset,
@@ -27,6 +28,7 @@ from .primitives import (
     store_rows,
     where_bits,
     wide,
+    zeros,
 )
 
 
@@ -77,15 +79,15 @@ def query_gradient_of_tile(acc, b_q, b_do, lse, delta, k, v, bases, b, h, kv_h, 
         # Padded keys and values may hold anything, also NaN, which a weight of 0 would let through.
         b_k = tl.where((offs_n < limit)[:, None], b_k, 0.0)
         b_v = tl.where((offs_n < limit)[:, None], b_v, 0.0)
-    b_s = product(b_q, tl.trans(b_k), None, S.PRECISION)  # [TILE_M, TILE_N]
+    b_s = product(b_q, tl.trans(b_k), None, S)  # [TILE_M, TILE_N]
     frame_k = frames_of_keys(modifying, offs_n, kv_len, S)[None, :]
     bias = bias_of_keys(modifying, b, h, offs_n, kv_len, S)[None, :]
     b_p, factor = probabilities(b_s, scale, lse[:, None], modifying, frame_q[:, None], frame_k, bias, table_size, S)
     if EDGE:
         b_p = where_allowed(b_p, 0.0, edge, start, limit, S)
-    b_dp = product(b_do, tl.trans(b_v), None, S.PRECISION)
+    b_dp = product(b_do, tl.trans(b_v), None, S)
     b_ds = b_p * (b_dp - delta[:, None]) * factor
-    return product(b_ds.to(b_k.dtype), b_k, acc, S.PRECISION)
+    return product(b_ds.to(b_k.dtype), b_k, acc, S)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "q_blocks"])
@@ -110,7 +112,7 @@ def query_gradient_kernel(q, k, v, grad_out, dq, lse_ptr, delta_ptr, lists, leng
     delta = tl.load(delta_ptr + row_base + offs_m, mask=ok, other=0.0)
     frame_q = frames_of_queries(modifying, offs_m, q_len, S)
     bases = (0, 0) if S.TMA else (head_offset(k, b, kv_h, S), head_offset(v, b, kv_h, S))
-    acc = tl.zeros([S.TILE_M, S.WIDTH], tl.float32)
+    acc = zeros(S.TILE_M, S.WIDTH)
     clean, full, part = stretches(lists, row, max_full, limit, S)
     for t in tl.range(0, clean * S.TILES_K):
         start = clean_entry(lists, row, t // S.TILES_K, max_full, S) * S.BLOCK_K + (t % S.TILES_K) * S.TILE_N
@@ -155,17 +157,17 @@ def key_gradients_of_tile(state, b_k, b_v, q, grad_out, bases, b, h, start, ok, 
     b_do = load_rows(grad_out, bases[1], b, h, start, q_len, S.TILE_M, S.DV, S.V_WIDTH, EDGE, S.TMA, S)
     lse = load_lse(lse_ptr, row_base, offs_m, ok)[None, :]
     delta = tl.load(delta_ptr + row_base + offs_m, mask=ok, other=0.0)[None, :]
-    b_s = product(b_k, tl.trans(b_q), None, S.PRECISION)
+    b_s = product(b_k, tl.trans(b_q), None, S)
     frame_q = frames_of_queries(modifying, offs_m, q_len, S)[None, :]
     b_p, factor = probabilities(b_s, scale, lse, modifying, frame_q, frame_k[:, None], bias[:, None], table_size, S)
     if EDGE and S.PARTIAL:
         b_p = where_bits(b_p, 0.0, edge, S, True)
-    dv = product(b_p.to(b_do.dtype), b_do, dv, S.PRECISION)
-    b_dp = product(b_v, tl.trans(b_do), None, S.PRECISION)
+    dv = product(b_p.to(b_do.dtype), b_do, dv, S)
+    b_dp = product(b_v, tl.trans(b_do), None, S)
     b_ds = b_p * (b_dp - delta)
     if S.MODIFIER == "key_bias":
         dbias += tl.sum(b_ds, 1)
-    dk = product((b_ds * factor).to(b_q.dtype), b_q, dk, S.PRECISION)
+    dk = product((b_ds * factor).to(b_q.dtype), b_q, dk, S)
     return dk, dv, dbias
 
 
@@ -180,7 +182,7 @@ def key_gradients_of_head(state, b_k, b_v, q, grad_out, b, h, row, lists, lse_pt
     clean, full, part = query_stretches(lists, row, max_full, q_len, S)
     for t in tl.range(0, clean * S.TILES_Q):
         start = clean_entry(lists, row, t // S.TILES_Q, max_full, S) * S.BLOCK_Q + (t % S.TILES_Q) * S.TILE_M
-        ok = tl.full([S.TILE_M], True, tl.int1)
+        ok = start + tl.arange(0, S.TILE_M) < q_len
         dk, dv, dbias = key_gradients_of_tile(
             (dk, dv, dbias), b_k, b_v, q, grad_out, bases, b, h, start, ok, lse_ptr, delta_ptr, row_base, q_len,
             scale, None, modifying, frame_k, bias, table_size, False, S)  # fmt: skip
@@ -215,14 +217,14 @@ def key_gradient_kernel(q, k, v, grad_out, dk, dv, dbias_ptr, lse_ptr, delta_ptr
     b_k = load_rows(k, head_offset(k, b, kv_h, S), b, kv_h, start, limit, S.TILE_N, S.D, S.WIDTH, True, False, S)
     b_v = load_rows(v, head_offset(v, b, kv_h, S), b, kv_h, start, limit, S.TILE_N, S.DV, S.V_WIDTH, True, False, S)
     frame_k = frames_of_keys(modifying, offs_n, kv_len, S)
-    acc_k = tl.zeros([S.TILE_N, S.WIDTH], tl.float32)
-    acc_v = tl.zeros([S.TILE_N, S.V_WIDTH], tl.float32)
+    acc_k = zeros(S.TILE_N, S.WIDTH)
+    acc_v = zeros(S.TILE_N, S.V_WIDTH)
     for n in tl.range(0, group):
         h = kv_h * group + n
         row = (tl.minimum(b, mask_batch - 1) * mask_heads + tl.minimum(h, mask_heads - 1)) * k_blocks + j
         bias = bias_of_keys(modifying, b, h, offs_n, kv_len, S)
         acc_k, acc_v, acc_bias = key_gradients_of_head(
-            (acc_k, acc_v, tl.zeros([S.TILE_N], tl.float32)), b_k, b_v, q, grad_out, b, h, row, lists, lse_ptr,
+            (acc_k, acc_v, filled(S.TILE_N, 0.0)), b_k, b_v, q, grad_out, b, h, row, lists, lse_ptr,
             delta_ptr, heads, q_len, scale, first_column, modifying, frame_k, bias, max_full, max_part, table_size,
             S)  # fmt: skip
         if S.MODIFIER == "key_bias":

@@ -17,6 +17,7 @@ from .primitives import (
     LOG2E,
     bias_of_keys,
     count_below,
+    filled,
     frames_of_keys,
     frames_of_queries,
     head_offset,
@@ -27,6 +28,7 @@ from .primitives import (
     store_rows,
     where_bits,
     wide,
+    zeros,
 )
 
 # Sizes that change from call to call: a kernel for every divisor of theirs would be compiled again and again.
@@ -137,7 +139,7 @@ def attend_to_tile(state, b_q, k, v, bases, b, h, kv_h, start, limit, scale, edg
     """One tile of keys: the new (acc, peak, total). `edge`: as in `where_bits`, of an edge entry."""
     acc, peak, total = state
     b_k = load_rows(k, bases[0], b, kv_h, start, limit, S.TILE_N, S.D, S.WIDTH, EDGE, S.TMA, S)
-    b_s = product(b_q, tl.trans(b_k), None, S.PRECISION)  # [TILE_M, TILE_N]
+    b_s = product(b_q, tl.trans(b_k), None, S)  # [TILE_M, TILE_N]
     if EDGE or S.MODIFIER != "none":
         offs_n = start + tl.arange(0, S.TILE_N)
         frame_k = frames_of_keys(modifying, offs_n, kv_len, S)
@@ -153,7 +155,7 @@ def attend_to_tile(state, b_q, k, v, bases, b, h, kv_h, start, limit, scale, edg
     if EDGE and S.LENGTHS and S.TMA:
         # Padded values may hold anything, also NaN, which a weight of 0 would let through.
         b_v = tl.where((start + tl.arange(0, S.TILE_N) < limit)[:, None], b_v, 0.0)
-    acc = product(b_p.to(b_v.dtype), b_v, acc * shrink[:, None], S.PRECISION)
+    acc = product(b_p.to(b_v.dtype), b_v, acc * shrink[:, None], S)
     return acc, peak, total
 
 
@@ -173,12 +175,10 @@ def forward_kernel(q, k, v, out, lse_ptr, lists, lengths_ptr, modifying, scale, 
     limit = key_limit(lengths_ptr, b, kv_len, S)
     b_q = load_rows(q, head_offset(q, b, h, S), b, h, first, q_len, S.TILE_M, S.D, S.WIDTH, True, False, S)
     frame_q = frames_of_queries(modifying, offs_m, q_len, S)
-    bases = (head_offset(k, b, kv_h, S), head_offset(v, b, kv_h, S))
-    if S.TMA:
-        bases = (0, 0)
-    acc = tl.zeros([S.TILE_M, S.V_WIDTH], tl.float32)
-    peak = tl.full([S.TILE_M], float("-inf"), tl.float32)
-    total = tl.zeros([S.TILE_M], tl.float32)
+    bases = (0, 0) if S.TMA else (head_offset(k, b, kv_h, S), head_offset(v, b, kv_h, S))
+    acc = zeros(S.TILE_M, S.V_WIDTH)
+    peak = filled(S.TILE_M, float("-inf"))
+    total = filled(S.TILE_M, 0.0)
     clean, full, part = stretches(lists, row, max_full, limit, S)
     tiles = clean * S.TILES_K
     for t in tl.range(tiles * split // S.SPLITS, tiles * (split + 1) // S.SPLITS):
@@ -213,9 +213,9 @@ def merge_kernel(parts, part_lse_ptr, out, lse_ptr, batch, heads, q_len, S: tl.c
     b = pid // (tiles * heads)
     offs_m = first + tl.arange(0, S.TILE_M)
     ok = offs_m < q_len
-    acc = tl.zeros([S.TILE_M, S.V_WIDTH], tl.float32)
-    peak = tl.full([S.TILE_M], float("-inf"), tl.float32)
-    total = tl.zeros([S.TILE_M], tl.float32)
+    acc = zeros(S.TILE_M, S.V_WIDTH)
+    peak = filled(S.TILE_M, float("-inf"))
+    total = filled(S.TILE_M, 0.0)
     for part in tl.range(0, S.SPLITS):
         at = b + part * batch
         b_lse = tl.load(part_lse_ptr + (wide(at) * heads + h) * q_len + offs_m, mask=ok, other=float("-inf")) * LOG2E

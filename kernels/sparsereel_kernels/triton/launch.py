@@ -176,13 +176,13 @@ def view(x: Tensor, step: int) -> View:
     return View(x, *(stride(x, dim) // step for dim in range(3)))
 
 
-def described(x: Tensor, step: int, tile: int, shape: Shape) -> View:
-    """The same with a descriptor for tiles of `tile` rows, if the shape says so."""
+def described(x: Tensor, step: int, tile: int, shape: Shape) -> View | TensorDescriptor:
+    """The same, or in its place a descriptor of tiles of `tile` rows, if the shape says so."""
     if not shape.TMA:
         return view(x, step)
     # Strides of dimensions of size 1 are never used, but must be aligned like the others.
     strides = [x.stride(dim) if x.shape[dim] > 1 else 16 for dim in range(3)]
-    return View(TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, tile, x.shape[3]]), 0, 0, 0)
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, tile, x.shape[3]])
 
 
 def describable(x: Tensor) -> bool:
@@ -262,8 +262,10 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     lse = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
     if call.k.shape[2] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    for launch in forward_launches(call, out, lse):
-        launch.run()
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device_of(call.q):
+        for launch in forward_launches(call, out, lse):
+            launch.run()
     return out, lse
 
 
@@ -377,6 +379,7 @@ def backward(
     else:
         grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
         given = Given(grad_out.to(q.dtype), grad_lse, out, lse.contiguous(), torch.empty_like(lse.contiguous()))
-        for launch in backward_launches(call, given, Gradients(dq, dk, dv, dbias)):
-            launch.run()
+        with torch.cuda.device_of(q):
+            for launch in backward_launches(call, given, Gradients(dq, dk, dv, dbias)):
+                launch.run()
     return dq, dk, dv, None if dbias is None or bias is None else reduce_to_bias(dbias, bias)

@@ -23,7 +23,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 class View(NamedTuple):
-    """A tensor [B, H, S, D] with unit stride in D: its address, or its TMA descriptor, and strides (in steps)."""
+    """A tensor [B, H, S, D] with unit stride in D: its address and strides (in steps)."""
 
     ptr: Any
     batch: Any
@@ -128,6 +128,18 @@ def wide(x):
 
 
 @triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """fp32 [ROWS, COLUMNS]. (Triton 3.5 takes members of S as a shape only through such arguments.)"""
+    return tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
+def filled(ROWS: tl.constexpr, VALUE: tl.constexpr):
+    """fp32 [ROWS]."""
+    return tl.full([ROWS], VALUE, tl.float32)
+
+
+@triton.jit
 def head_offset(view, b, h, S: tl.constexpr):
     """Where head h of sample b begins, in elements, 64 bits."""
     return (wide(b) * view.batch + wide(h) * view.head) * S.STEP
@@ -175,10 +187,10 @@ def load_rows(view, base, b, h, start, end, TILE: tl.constexpr, D: tl.constexpr,
               CUT: tl.constexpr, TMA: tl.constexpr, S: tl.constexpr):  # fmt: skip
     """Rows start .. start + TILE of one head, [TILE, WIDTH], 0 past `end` (looked at only if CUT) and past D.
 
-    Descriptors fill what lies outside the tensor with 0 themselves.
+    With TMA, `view` is a descriptor, which fills what lies outside the tensor with 0 itself.
     """
     if TMA:
-        b_x = view.ptr.load([b, h, start, 0]).reshape(TILE, WIDTH)
+        b_x = view.load([b, h, start, 0]).reshape(TILE, WIDTH)
     else:
         ptrs = row_ptrs(view, base, start, TILE, WIDTH, S)
         inside = (tl.arange(0, WIDTH) < D)[None, :]
@@ -200,12 +212,12 @@ def store_rows(view, base, start, b_x, ok, TILE: tl.constexpr, D: tl.constexpr, 
 
 
 @triton.jit
-def product(b_x, b_y, acc, PRECISION: tl.constexpr):
+def product(b_x, b_y, acc, S: tl.constexpr):
     """acc + b_x b_y, added in fp32. `acc` None starts from 0."""
-    if PRECISION == "interpreter":
+    if S.PRECISION == "interpreter":
         b_z = tl.dot(b_x.to(tl.float32), b_y.to(tl.float32), acc, input_precision="ieee")
     else:
-        b_z = tl.dot(b_x, b_y, acc, input_precision=PRECISION)
+        b_z = tl.dot(b_x, b_y, acc, input_precision=S.PRECISION)
     return b_z
 
 
@@ -225,7 +237,8 @@ def where_bits(b_x, otherwise, edge, S: tl.constexpr, FLIPPED: tl.constexpr):
     axis: tl.constexpr = 0 if FLIPPED else 1
     offs_column = tl.expand_dims(tl.arange(0, S.TILE_N), 1 - axis)
     ptrs = bits_ptr + wide(tile) * (S.BLOCK_Q * S.WORDS) + row * S.WORDS + first_column // S.WORD
-    for n in tl.static_range(S.TILE_N // S.WORD):
+    words: tl.constexpr = S.TILE_N // S.WORD
+    for n in tl.static_range(words):
         there = (row < S.BLOCK_Q) & is_partial & (first_column // S.WORD + n < S.WORDS)
         word = tl.expand_dims(tl.load(ptrs + n, mask=there, other=-1).to(tl.int32), axis)
         allowed = ((word >> (offs_column % S.WORD)) & 1) != 0

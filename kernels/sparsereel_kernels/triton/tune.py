@@ -127,7 +127,7 @@ def _prepare(call: launch.Call) -> tuple[Results, Prepared]:
     out, lse = launch.forward(call)
     grad_out = torch.randn_like(out)
     given = launch.Given(grad_out, None, out, lse, torch.empty_like(lse))
-    found = launch.Gradients(*(torch.empty_like(x) for x in (call.q, call.k, call.v)), None)
+    found = launch.Gradients(torch.empty_like(call.q), torch.empty_like(call.k), torch.empty_like(call.v), None)
     next(iter(launch.backward_launches(call, given, found))).run()
     return (torch.empty_like(out), torch.empty_like(lse)), (given, found)
 
