@@ -78,7 +78,7 @@ class ModelRuntime(OrderSource):
         self._tiles: dict[Layout, Tile | None] = {}
         self._step: StepInfo | None = None
         self._step_known = False
-        self._padding: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._padding: tuple[torch.Tensor, int, torch.Tensor | None] | None = None
         self._announced: set[str] = set()
         #: what selectors remember, by layer, branch and geometry
         self.selections: dict[Any, Any] = {}
@@ -295,9 +295,11 @@ class ModelRuntime(OrderSource):
         """(key_lengths, modifier) for a key-padding mask (B, 1, 1, keys); worked out once for all layers of a call."""
         if attn_mask is None:
             return None, None
-        if self._padding is None or self._padding[0] is not attn_mask:
-            self._padding = (attn_mask, lengths_of(attn_mask))
-        lengths = self._padding[1]
+        # A compiled graph may be handed the same tensor with other values.
+        version = -1 if attn_mask.is_inference() else attn_mask._version
+        if self._padding is None or self._padding[0] is not attn_mask or self._padding[1] != version:
+            self._padding = (attn_mask, version, lengths_of(attn_mask))
+        lengths = self._padding[2]
         return (lengths, None) if lengths is not None else (None, bias_of(attn_mask))
 
     def announce(self, reason: str, layer: str) -> None:
@@ -334,6 +336,20 @@ def _layer_of(slot: torch.Tensor) -> SparseLayer:
         raise RuntimeError("a compiled graph asks for a sparse layer that no longer exists; compile the model again")
     layer.runtime._step_known = False
     return layer
+
+
+# It changes nothing; an op without results and effects would be dropped from the graph.
+@torch.library.custom_op("sparsereel::note_dense", mutates_args=("slot",))
+def note_dense(slot: torch.Tensor, reason: str) -> None:
+    """A call of layer `slot` was left as it was."""
+    layer = _layer_of(slot)
+    if not in_backward():
+        layer.count_dense(reason)
+
+
+@note_dense.register_fake
+def _(slot: torch.Tensor, reason: str) -> None:
+    return None
 
 
 @torch.library.custom_op("sparsereel::select_mask", mutates_args=())

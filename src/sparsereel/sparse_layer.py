@@ -112,7 +112,7 @@ class SparseLayer:
         if refuse is None and layout is None:
             refuse = f"{q.shape[2]} tokens do not lie on the model's token grid"
         if torch.compiler.is_compiling():
-            return self._attend_compiled(q, k, v, call, None if refuse else layout)
+            return self._attend_compiled(q, k, v, call, layout, refuse)
         if not self.runtime.profile:
             return self._attend_eager(q, k, v, call, layout, refuse)
         start = clock(q)
@@ -122,9 +122,16 @@ class SparseLayer:
             self.tally.seconds += clock(q) - start
 
     def _attend_compiled(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, layout: Layout | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        call: Call,
+        layout: Layout | None,
+        refuse: str | None,
     ) -> torch.Tensor:
-        if layout is None:
+        if refuse is not None or layout is None:
+            torch.ops.sparsereel.note_dense(self.slot, refuse or "")
             return call.dense()
         if self.has_selectors:
             padding = call.attn_mask

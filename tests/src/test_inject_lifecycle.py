@@ -284,6 +284,25 @@ def test_processors_taken_away_while_sparse_work_after_restore(tiny, made):
         assert torch.equal(tiny.run(model, inputs), before)
 
 
+@pytest.mark.parametrize("name", ["wan", "unet"])
+def test_processors_made_anew_from_their_class(tiny, made, name):
+    """Loading an IP adapter gives self-attention new processors of the class that it finds."""
+    case, model, inputs = made(name)
+    before = tiny.run(model, inputs)
+    sparsereel.sparsify(model, NEAR)
+    model.set_attn_processor({key: p.__class__() for key, p in model.attn_processors.items()})
+    assert torch.equal(tiny.run(model, inputs), before)
+    report = sparsereel.report(model)
+    assert report.replaced == 0
+    assert all("exchanged for" in row.reason for row in report)
+    sparsereel.restore(model)
+    assert torch.equal(tiny.run(model, inputs), before)
+    with tiny.dense_under(tiny.same_mask(NEAR), case.grids):
+        expected = tiny.run(model, inputs)
+    with sparsereel.sparsified(model, NEAR):
+        torch.testing.assert_close(tiny.run(model, inputs), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "unet"])
 def test_fused_projections(tiny, made, name):
     case, model, inputs = made(name)

@@ -257,3 +257,41 @@ def test_compiled_and_checkpointed(tiny, compiling):
     sparsereel.sparsify(model, NEAR)
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     assert_same(gradients(model, inputs), expected)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_calls_that_stay_dense_are_reported(tiny, compiling, monkeypatch, backend):
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    def causal(query, key, value, **kwargs):
+        return dispatch_attention_fn(query, key, value, **{**kwargs, "is_causal": query.shape[1] == key.shape[1]})
+
+    monkeypatch.setattr("diffusers.models.transformers.transformer_wan.dispatch_attention_fn", causal)
+    case = tiny.CASES["wan"]
+    model, inputs = case.model(), case.inputs()
+    before = tiny.run(model, inputs)
+    sparsereel.sparsify(model, NEAR)
+    model.compile_repeated_blocks(fullgraph=True, backend=backend)
+    for _ in range(2):
+        torch.testing.assert_close(tiny.run(model, inputs), before, rtol=1e-4, atol=1e-4)
+    rows = list(sparsereel.report(model))
+    assert [(row.calls, row.dense_calls) for row in rows] == [(2, 2)] * 3
+    assert {row.reason for row in rows} == {"2 dense: the model asks for causal attention"}
+
+
+@pytest.mark.slow
+def test_masks_changed_in_place_between_compiled_calls(tiny, compiling):
+    case = tiny.CASES["hunyuan_video"]
+    model, inputs = case.model(), case.inputs()
+    expected, actual = [], []
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for kept in (5, 2):
+        inputs["encoder_attention_mask"][0] = torch.arange(tiny.TEXT) < kept
+        with tiny.dense_under(tiny.same_mask(NEAR), case.grids):
+            expected.append(tiny.run(model, inputs))
+    sparsereel.sparsify(model, NEAR)
+    for kept in (5, 2):
+        inputs["encoder_attention_mask"][0] = torch.arange(tiny.TEXT) < kept
+        actual.append(tiny.run(compiled, inputs))
+    assert (expected[0] - expected[1]).abs().max() > 1e-2
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

@@ -43,11 +43,13 @@ class Layer(Protocol):
 class _Active(threading.local):
     """The replaced layer whose processor is running now, in this thread."""
 
-    layer: Any = None
-    dense_backend: Any = None
-    #: why this call is not to be touched
-    refuse: str | None = None
-    in_dense: bool = False
+    # Set here, not on the class: compiled code asks whether the instance has them.
+    def __init__(self) -> None:
+        self.layer: Any = None
+        self.dense_backend: Any = None
+        #: why this call is not to be touched
+        self.refuse: str | None = None
+        self.in_dense = False
 
 
 ACTIVE = _Active()
@@ -316,7 +318,14 @@ def _subclass(base: type, seam: str) -> type:
     members: dict[str, Any] = {"__call__": __call__, "sparsereel_base": base, "__module__": base.__module__}
     if seam == "dispatch":
         members["_attention_backend"] = property(_get_backend, _set_backend)
-    return type(base.__name__, (base,), members)
+    return _Announcing(base.__name__, (base,), members)
+
+
+class _Announcing(type):
+    """Calling the class makes a plain processor: adapters make new ones of `processor.__class__`, without a layer."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.sparsereel_base(*args, **kwargs)  # type: ignore[attr-defined]
 
 
 def _introduce_to_guiders(base: type, subclass: type) -> None:
