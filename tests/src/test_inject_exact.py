@@ -17,7 +17,7 @@ from sparsereel.patterns import Full, Neighborhood, Radial, SlidingTile, Spatial
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = ["wan", "wan_i2v", "wan_ti2v", "wan_vace", "hunyuan_video", "hunyuan_i2v"]
-NAMES += ["cogvideox", "cogvideox15", "unet", "unet_odd"]
+NAMES += ["cogvideox", "cogvideox_odd", "cogvideox15", "unet", "unet_odd"]
 #: windows over every grid; not Full, so kernels run
 EVERYTHING = Neighborhood(window=(99, 99, 99))
 

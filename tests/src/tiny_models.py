@@ -250,6 +250,13 @@ CASES = {
             2,
         ),
         Case(
+            "cogvideox_odd",
+            lambda: CogVideoXTransformer3DModel(**COGVIDEOX),
+            lambda: cogvideox_inputs(4, 17, 19),
+            (TokenGrid(4, 8, 9, text=TEXT, text_side="before"),),
+            2,
+        ),
+        Case(
             "cogvideox15",
             lambda: CogVideoXTransformer3DModel(
                 **COGVIDEOX, patch_size_t=2, use_rotary_positional_embeddings=True, patch_bias=False
