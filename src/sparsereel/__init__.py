@@ -1,7 +1,7 @@
 """Training-free sparse attention for diffusers image and video models.
 
 import sparsereel
-sparsereel.sparsify(pipe, "radial")   # a preset, a plan file, a plan or a pattern
+sparsereel.sparsify(pipe, "radial")   # a preset, a plan file, a plan, a pattern or a selector
 video = pipe("a cat surfing").frames[0]
 print(sparsereel.report(pipe))
 sparsereel.restore(pipe)
@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from sparsereel import patterns
+from sparsereel import patterns, selectors
 from sparsereel.grid import Permutation, Segment, TokenGrid
 from sparsereel.inject import report, restore, sparsified, sparsify
 from sparsereel.plan import AttentionPlan
@@ -37,6 +37,7 @@ __all__ = [
     "patterns",
     "report",
     "restore",
+    "selectors",
     "sparse_attention",
     "sparsified",
     "sparsify",

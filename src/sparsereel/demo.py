@@ -15,9 +15,9 @@ from sparsereel.generation import Clip, Request, environment, generate, load_pip
 from sparsereel.media import write_contact_sheet, write_mp4
 from sparsereel.presets import resolve_plan
 
-PROMPT = "a red 3 moving right on navy"
+PROMPT = "a green 3 moving left on grey"
 PLAN = "radial"
-SEED = 1
+SEED = 4
 
 
 def main() -> None:
