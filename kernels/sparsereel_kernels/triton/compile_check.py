@@ -87,8 +87,8 @@ def check(case: Case) -> dict[str, Any]:
     return {
         **asdict(case),
         **asdict(launch.config),
-        "tma": case.tma,
         **asdict(found),
+        "tma": case.tma,
         "tma_instructions": found.tma,
         "shared_limit": limit,
         "seconds": round(time.perf_counter() - started, 2),

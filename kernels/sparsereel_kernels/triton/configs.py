@@ -84,6 +84,7 @@ _SM80 = _table(
         "queries 16": (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
         "keys 16": (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 64, 8, 1)),
         **_FP32,
+        "forward 32": (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
     }
 )
 # 99 KiB of shared memory a block.
@@ -99,8 +100,8 @@ _SM89 = _table(
 _SM90 = _table(
     {
         "forward 16": (Config(128, 64, 8, 4, True), Config(128, 64, 8, 3, True), Config(64, 64, 8, 2, True)),
-        "queries 16": (Config(128, 64, 8, 3, True), Config(128, 64, 8, 2, True), Config(64, 32, 8, 1, True)),
-        "keys 16": (Config(64, 64, 4, 2, True), Config(64, 64, 8, 2, True), Config(32, 64, 8, 1, True)),
+        "queries 16": (Config(128, 64, 8, 3, True), Config(128, 64, 8, 2, True), Config(32, 64, 8, 1, True)),
+        "keys 16": (Config(64, 64, 4, 2, True), Config(64, 64, 8, 2, True), Config(32, 32, 8, 1, True)),
         **_FP32,
     }
 )
@@ -118,7 +119,7 @@ _SM120 = _table(
     {
         "forward 16": (Config(128, 64, 8, 3, True), Config(64, 64, 8, 2, True), Config(64, 32, 8, 2, True)),
         "queries 16": (Config(64, 64, 8, 2, True), Config(64, 64, 8, 1, True), Config(64, 32, 8, 1, True)),
-        "keys 16": (Config(64, 64, 8, 2, True), Config(32, 64, 8, 1, True), Config(16, 64, 8, 1, True)),
+        "keys 16": (Config(32, 64, 4, 2, True), Config(32, 64, 8, 1, True), Config(16, 64, 8, 1, True)),
         **_FP32,
     }
 )
