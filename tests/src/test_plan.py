@@ -201,7 +201,10 @@ def test_uniform():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: AttentionPlan.uniform("radial"), r"uniform needs a pattern, such as Radial\(\), got 'radial'"),
+        (
+            lambda: AttentionPlan.uniform("radial"),
+            r"uniform needs a pattern or a selector, such as Radial\(\), got 'radial'",
+        ),
         (lambda: AttentionPlan.uniform(Radial(), dense=3), "unknown plan option 'dense'; the options are dense_first"),
         (
             lambda: presets.load("radiall"),
@@ -209,7 +212,10 @@ def test_uniform():
         ),
         (lambda: resolve_plan("radiall"), "'radiall' is neither a preset .* nor a plan file"),
         (lambda: resolve_plan("missing.yaml"), "there is no plan file missing.yaml"),
-        (lambda: resolve_plan(7), "a plan is a preset name, a path, an AttentionPlan or a Pattern, got int"),
+        (
+            lambda: resolve_plan(7),
+            "a plan is a preset name, a path, an AttentionPlan, a Pattern or a Selector, got int",
+        ),
     ],
 )
 def test_bad_plans(make, message):

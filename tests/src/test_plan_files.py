@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsereel import plan_file, presets
+from sparsereel import plan_file, presets, selectors
 from sparsereel.patterns import Full, KeepSinks, Neighborhood, Pattern, Radial, Skip
 from sparsereel.patterns.testing import leaves
 from sparsereel.plan import AttentionPlan
@@ -196,8 +196,8 @@ BAD = {
     "skip in any": ("version: 1\npatterns: {a: {any: [skip, sink]}}", "skip cannot be part of any"),
     "named skip": ("version: 1\npatterns: {s: skip, t: s, a: {all: [t, sink]}}", "skip cannot be part of all"),
     "selector": (
-        "version: 1\npatterns:\n  xa: {selector: xattention, threshold: 0.9}",
-        "line 3, patterns.xa: unknown selector 'xattention'; this version has none, the patterns are full, skip,",
+        "version: 1\npatterns:\n  xa: {selector: zattention, threshold: 0.9}",
+        "line 3, patterns.xa: unknown selector 'zattention'; the selectors are block_topk, block_topp,",
     ),
     "anchor": ("version: 1\ncalibration: {a: &x {b: 1}, c: *x}", "anchors and aliases are not used in plans"),
     "tag": ("version: 1\nmodel: !!python/object:os.system {}", "python/object:os.system is not used in plans"),
@@ -354,3 +354,44 @@ def test_patterns_of_your_own_cannot_be_saved():
 
     with pytest.raises(ValueError, match="has no name in plans; those that have are full, skip"):
         AttentionPlan.uniform(Own()).to_dict()
+
+
+SELECTORS = """\
+version: 1
+keep_sinks: true
+patterns:
+  xa: {selector: xattention, threshold: 0.8, refresh: 4}
+components:
+  transformer:
+    layers:
+      "*": {default: xa, heads: {"0": {selector: block_topk, density: 0.1}, "1": {spatial: {frames: 2}}}}
+"""
+
+
+def test_selectors_in_plans_round_trip_and_keep_sinks(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(SELECTORS)
+    plan = AttentionPlan.load(path)
+    heads = plan.resolve("transformer", ["blocks.0.attn1"], [3])[0].at(0, 4)
+    assert heads[0] == selectors.BlockTopk(density=0.1, keep_sinks=True)
+    assert heads[2] == selectors.Xattention(threshold=0.8, refresh=4, keep_sinks=True)
+    assert str(heads[1]).startswith("spatial")
+    plan.save(tmp_path / "again.json")
+    assert AttentionPlan.load(tmp_path / "again.json") == plan
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{selector: xattention, speed: 2}", "has no argument 'speed'"),
+        ("{selector: 3}", "a selector needs its name"),
+        ("{any: [{selector: block_topk}, {sink: {}}]}", "a selector cannot be part of any"),
+        ("{selector: block_topk, density: 2}", "density"),
+    ],
+)
+def test_bad_selectors_are_refused_where_they_stand(tmp_path, entry, message):
+    path = tmp_path / "plan.yaml"
+    path.write_text(f"version: 1\npatterns:\n  it: {entry}\n")
+    with pytest.raises(ValueError, match="line 3") as error:
+        AttentionPlan.load(path)
+    assert message in str(error.value)
