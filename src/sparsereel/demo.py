@@ -1,6 +1,6 @@
 """`make demo`: the same clip from the model in the box, dense and sparse, with time and fidelity side by side.
 
-python -m sparsereel.demo --plan radial -o out/demo
+python -m sparsereel.demo --plan radial --dtype fp32 -o out/demo
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sparsereel.media import write_contact_sheet, write_mp4
 from sparsereel.presets import resolve_plan
 
 PROMPT = "a green 3 moving left on grey"
-PLAN = "radial"
+PLAN = "minireel-large"
 SEED = 4
 
 
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plan", default=PLAN, help="preset name or plan file")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--steps", type=int, default=LARGE.steps)
-    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--dtype", default="bf16", choices=["fp32", "bf16"])
     parser.add_argument("-o", "--output", type=Path, default=Path("out/demo"))
     return parser
 
