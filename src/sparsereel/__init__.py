@@ -17,6 +17,7 @@ from sparsereel.grid import Permutation, Segment, TokenGrid
 from sparsereel.inject import report, restore, sparsified, sparsify
 from sparsereel.plan import AttentionPlan
 from sparsereel.report import LayerReport, Report
+from sparsereel.search import search
 from sparsereel_kernels import BackendUnavailable, BlockMask, FrameDecay, KeyBias, sparse_attention
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "patterns",
     "report",
     "restore",
+    "search",
     "selectors",
     "sparse_attention",
     "sparsified",

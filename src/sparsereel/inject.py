@@ -18,6 +18,7 @@ from sparsereel.plan import AttentionPlan
 from sparsereel.presets import resolve_plan
 from sparsereel.report import LayerReport, Report
 from sparsereel.runtime import ModelRuntime
+from sparsereel.search import transfer
 from sparsereel.selectors.base import Selector
 from sparsereel.sparse_layer import SparseLayer
 
@@ -78,6 +79,7 @@ class Injection:
         self.checkpoints = Checkpoints(model, runtime, [(m, o, p.sparsereel_layer) for m, o, p in self.replaced])
         self.handles.append(model.register_forward_pre_hook(self.checkpoints.wrap, prepend=True))
         self.handles.append(model.register_forward_pre_hook(runtime.before_forward, prepend=True, with_kwargs=True))
+        self.handles += transfer.watch(model, runtime)
         self.handles.append(model.register_forward_hook(runtime.after_forward, always_call=True))
         if any(not layer.plan.uniform_full for layer in runtime.layers):
             order_hooks = family.install_order(model, runtime)
@@ -187,6 +189,18 @@ def report(pipe_or_model: Any, *, profile: bool = False) -> Report:
         rows += _rows(component, models[component], injection)
     plan = next(iter(injections.values())).runtime.plan
     return Report(plan=plan.describe(), layers=tuple(rows))
+
+
+def injection_of(model: nn.Module) -> Injection:
+    """What `sparsify` put on a model.
+
+    Raises:
+        ValueError: the model is not sparsified.
+    """
+    injection = getattr(model, _ATTRIBUTE, None)
+    if not isinstance(injection, Injection):
+        raise ValueError(f"{type(model).__name__} is not sparsified")
+    return injection
 
 
 def _rows(component: str, model: nn.Module, injection: Injection) -> list[LayerReport]:

@@ -11,7 +11,7 @@ import copy
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +41,21 @@ logger = logging.getLogger("sparsereel")
 _INTENDED = ("dense step of the schedule", "the plan says full")
 
 
+#: sees every eager attention call: (layer, layout, step, q, k, v, key lengths, scale), tokens in the model's order
+Observer = Callable[
+    [
+        SparseLayer,
+        Layout,
+        StepInfo | None,
+        torch.Tensor,
+        torch.Tensor,
+        torch.Tensor,
+        torch.Tensor | None,
+        float | None,
+    ],
+    None,
+]
+
 #: one forward call: layout, tile, what its layers chose
 CallState = tuple[Layout | None, Tile | None, dict[SparseLayer, Choice | None]]
 
@@ -65,6 +80,8 @@ class ModelRuntime(OrderSource):
         self.backend = backend
         #: time every eager attention call
         self.profile = False
+        #: for recordings; None = nobody looks
+        self.observer: Observer | None = None
         self.steps = StepSource()
         self.layers: list[SparseLayer] = []
         #: the modules of `layers`

@@ -158,6 +158,8 @@ class SparseLayer:
         if again and runtime.repeat(self) is None:
             return call.dense()
         lengths, bias = runtime.key_padding(call.attn_mask)
+        if runtime.observer is not None and layout is not None and bias is None and not again:
+            runtime.observer(self, layout, runtime.step(), q, k, v, lengths, call.scale)
         choice = runtime.select(self, layout or (), q, k, lengths, call.scale)
         options = {"scale": call.scale, "key_lengths": lengths, "modifier": bias, "backend": runtime.backend}
         if choice is not None:

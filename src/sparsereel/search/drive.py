@@ -1,0 +1,256 @@
+"""The search from end to end: look, record, weigh, price, choose, measure, and again while the target is missed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparsereel.families import models_of
+from sparsereel.families.layout import decode
+from sparsereel.plan import AttentionPlan
+from sparsereel.search import calibration
+from sparsereel.search.candidates import resolve
+from sparsereel.search.costs import Costs, Item, Pricing, errors_of, tiles_of
+from sparsereel.search.emit import plan_of, tile_of
+from sparsereel.search.forecast import Forecast, measure_anchor
+from sparsereel.search.progress import Bar, bar, silenced
+from sparsereel.search.reach import GROUPS, measure_reach, middling, probe_steps, weights_of
+from sparsereel.search.record import Recording, Study, record
+from sparsereel.search.result import FrontPoint, SearchResult
+from sparsereel.search.settings import Settings, Target, cut_steps
+from sparsereel.search.solve import Front, trace
+from sparsereel.search.verify import HeldOut
+from sparsereel.search.watch import look
+
+if TYPE_CHECKING:
+    from sparsereel.inject import PlanLike
+    from sparsereel.patterns.base import Pattern
+    from sparsereel.selectors.base import Selector
+    from sparsereel.token_order import Tile
+
+#: times that a plan is chosen anew after a measurement
+REPEATS = 3
+#: dB above the target at which a plan is given more pressure
+SLACK = 1.5
+#: points of the front that are handed back
+POINTS = 40
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """One choice in one token order."""
+
+    costs: Costs
+    front: Front
+    choice: np.ndarray
+    plan: AttentionPlan
+    pressure: float
+    error: float
+    met: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Chooser:
+    """All that choosing needs: items, weighted errors [N, C], prices by token order."""
+
+    study: Study
+    items: list[Item]
+    errors: np.ndarray
+    prices: dict[Tile | None, Costs]
+
+    def solve(self, target: Target, forecast: Forecast) -> Solution:
+        """The best plan whose token order is the one it was priced in.
+
+        The order follows from the plan (by the rule of `sparsify`) and the prices from the order, so every order is
+        tried; a plan that would run in another order than its own is priced again in that one.
+        """
+        own, others = [], []
+        for tile, costs in self.prices.items():
+            front = trace(self.errors, costs.densities if target.kind == "budget" else costs.times)
+            state = _state(target, forecast, costs, front)
+            solution = self.solution(target, forecast, costs, front, front.choice(state), front.pressure[state])
+            actual = tile_of(self.study, solution.plan)
+            if actual == tile or not solution.choice.any():
+                own.append(solution)
+            elif actual in self.prices:
+                again = self.solution(
+                    target, forecast, self.prices[actual], front, solution.choice, solution.pressure
+                )
+                others.append(again)
+        by_cost = target.kind == "target_psnr"
+
+        def rank(solution: Solution) -> tuple[bool, float, float]:
+            share = solution.costs.mean_share(solution.choice)
+            return (not solution.met, *((share, solution.error) if by_cost else (solution.error, share)))
+
+        return min(own or others, key=rank)
+
+    def solution(
+        self, target: Target, forecast: Forecast, costs: Costs, front: Front, choice: np.ndarray, pressure: float
+    ) -> Solution:
+        """A choice with its plan and its predicted figures."""
+        error = float(self.errors[np.arange(len(choice)), choice].sum())
+        plan = plan_of(self.study, self.items, choice)
+        solution = Solution(costs, front, choice, plan, float(pressure), error, met=True)
+        point = predict(solution, forecast)
+        predicted = {"budget": point.density, "target_psnr": point.psnr, "target_speedup": point.speedup}
+        met = target.met_by(predicted[target.kind] + (0.0 if target.kind == "budget" else 1e-6))
+        return replace(solution, met=met)
+
+
+def predict(solution: Solution, forecast: Forecast) -> FrontPoint:
+    """The predicted figures of a choice."""
+    share = solution.costs.mean_share(solution.choice)
+    return FrontPoint(
+        pressure=solution.pressure,
+        density=solution.costs.mean_density(solution.choice) * forecast.excess,
+        seconds=forecast.seconds(share),
+        speedup=forecast.speedup(share),
+        error=solution.error,
+        psnr=forecast.psnr(solution.error),
+    )
+
+
+def _state(target: Target, forecast: Forecast, costs: Costs, front: Front) -> int:
+    if target.kind == "budget":
+        return front.first_within(target.value / forecast.excess - costs.fixed_density)
+    if target.kind == "target_speedup":
+        return front.first_within(forecast.share_for(target.value) - costs.fixed_time)
+    return front.last_within(forecast.error_for(target.value))
+
+
+def run_search(
+    pipe: Any,
+    settings: Settings,
+    candidates: Sequence[str | Pattern | Selector] | None,
+    refine: PlanLike | None,
+    folder: Path | None,
+    *,
+    show: bool,
+) -> SearchResult:
+    """See `sparsereel.search`."""
+    models_of(pipe)
+    with silenced(pipe), bar(show) as shown:
+        facts = look(pipe, settings.request(0), settings.backend)
+        grid = max((decode(layer.layout) for layer in facts.layers.values()), key=lambda grid: grid.seq_len)
+        found = resolve(candidates, refine, grid)
+        buckets = cut_steps(facts.steps, settings.dense_first, settings.buckets)
+        study = Study.of(settings, facts, found, buckets, folder)
+        shown.expect(_steps_of(study))
+        shown.stage("recording heads")
+        recording = record(pipe, study, shown.reach, lambda: shown.done(facts.steps))
+        chooser, forecast = _weigh(pipe, study, recording, shown)
+        return _choose(pipe, study, recording, chooser, forecast, shown)
+
+
+def _steps_of(study: Study) -> int:
+    settings, steps = study.settings, study.facts.steps
+    clips = len(settings.calibrating) + 3 + 2 * settings.held_out
+    probes = min(GROUPS, len(study.facts.layers)) + len(study.buckets) + 2
+    return clips * steps + probes * probe_steps(study)
+
+
+def _weigh(pipe: Any, study: Study, recording: Recording, shown: Bar) -> tuple[Chooser, Forecast]:
+    pricing = Pricing(study, recording)
+    prices = {tile: pricing.costs(tile) for tile in tiles_of(study)}
+    raw = errors_of(recording)
+    number = middling(study, prices[None])
+    shown.stage("weighing layers and steps")
+    found = measure_reach(pipe, study, pricing.items, number, shown.done)
+    weights = weights_of(study, pricing.items, raw, number, found)
+    chooser = Chooser(study, pricing.items, raw * weights[:, None], prices)
+    everywhere = np.full(len(pricing.items), number)
+    shown.stage("timing")
+    anchor = measure_anchor(pipe, study, plan_of(study, pricing.items, everywhere), shown.done)
+    error = float(chooser.errors[:, number].sum())
+    return chooser, Forecast(anchor, ((error, anchor.psnr),))
+
+
+def _choose(
+    pipe: Any, study: Study, recording: Recording, chooser: Chooser, forecast: Forecast, shown: Bar
+) -> SearchResult:
+    target = study.settings.target
+    solution = chooser.solve(target, forecast)
+    tried = [(solution, forecast, {})]
+    if study.settings.held_out:
+        shown.stage("measuring the plan")
+        tried = _measured(pipe, study, chooser, solution, forecast, shown)
+    (solution, used, measured), met = _best(target, tried)
+    predicted = predict(solution, used)
+    note = "" if met else _missed(target, predicted, measured, len(tried))
+    facts = calibration.of(study, recording, chooser.items, solution.choice, solution.costs)
+    facts |= {
+        "target": {target.kind: target.value},
+        "predicted": asdict(predicted),
+        "measured": measured,
+        "anchor": asdict(forecast.anchor),
+        "rounds": len(tried),
+    }
+    plan = replace(solution.plan, calibration=calibration.tidy(facts))
+    return SearchResult(plan, _front(chooser, target, solution, used), predicted, measured, met, note)
+
+
+Tried = list[tuple[Solution, Forecast, dict[str, Any]]]
+
+
+def _measured(
+    pipe: Any, study: Study, chooser: Chooser, solution: Solution, forecast: Forecast, shown: Bar
+) -> Tried:  # fmt: skip
+    """Measure; while the target is missed, or PSNR lies well above it, choose again by what was learnt."""
+    target, tried = study.settings.target, []
+    held_out = HeldOut(pipe, study, shown.done)
+    for turn in range(1 + REPEATS):
+        measured = held_out.measure(solution.plan)
+        tried.append((solution, forecast, measured))
+        value = measured[calibration.MEASURE[target.kind]]
+        loose = target.kind == "target_psnr" and value > target.value + SLACK
+        if turn == REPEATS or (target.met_by(value) and not loose):
+            break
+        share = solution.costs.mean_share(solution.choice)
+        density = solution.costs.mean_density(solution.choice)
+        forecast = forecast.learn(solution.error, measured["psnr"], share, measured["seconds"], measured["dense_seconds"])
+        if target.kind == "budget":
+            forecast = replace(forecast, excess=max(1.0, measured["density"] / max(density, 1e-9)))
+        again = chooser.solve(target, forecast)
+        if any((again.choice == before.choice).all() for before, _, _ in tried):
+            break
+        shown.more(study.settings.held_out * study.facts.steps)
+        solution = again
+    return tried
+
+
+def _best(target: Target, tried: Tried) -> tuple[tuple[Solution, Forecast, dict[str, Any]], bool]:
+    """The plan to hand back and whether it reaches the target: of those that do, the cheapest or the most exact."""
+    if not tried[0][2]:
+        return tried[0], tried[0][0].met
+    name = calibration.MEASURE[target.kind]
+    reached = [entry for entry in tried if target.met_by(entry[2][name])]
+    if not reached:
+        return min(tried, key=lambda entry: abs(entry[2][name] - target.value)), False
+    if target.kind == "target_psnr":
+        return min(reached, key=lambda entry: entry[0].costs.mean_share(entry[0].choice)), True
+    return min(reached, key=lambda entry: entry[0].error), True
+
+
+def _missed(target: Target, predicted: FrontPoint, measured: dict[str, Any], rounds: int) -> str:
+    name = calibration.MEASURE[target.kind]
+    value = measured[name] if measured else getattr(predicted, name)
+    how = f"measured after {rounds} rounds" if measured else "predicted"
+    return f"{target.kind} {target.value:g} is not reached: {value:.3g} {how}"
+
+
+def _front(chooser: Chooser, target: Target, solution: Solution, forecast: Forecast) -> tuple[FrontPoint, ...]:
+    costs = solution.costs
+    front = trace(chooser.errors, costs.densities if target.kind == "budget" else costs.times)
+    states = np.unique(np.linspace(0, len(front) - 1, POINTS).round().astype(int))
+    points = []
+    for state in states.tolist():
+        choice = front.choice(state)
+        error = float(chooser.errors[np.arange(len(choice)), choice].sum())
+        one = replace(solution, choice=choice, pressure=float(front.pressure[state]), error=error, front=front)
+        points.append(predict(one, forecast))
+    return tuple(points)

@@ -1,0 +1,128 @@
+"""From weighted error to PSNR and from attention time to clip time, by what was measured on a calibration prompt."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from sparsereel.files import write_json
+from sparsereel.generation import generate
+from sparsereel.patterns import Full
+from sparsereel.plan import AttentionPlan
+from sparsereel.search.record import Study
+
+CAP = 100.0
+#: dB of PSNR for each dB of error: bounds on what a fit may say
+SLOPES = (0.3, 1.5)
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Three clips of the first prompt: untouched, dense on our kernels, and with the middling candidate everywhere.
+
+    Attributes:
+        seconds, attention: of the untouched clip, whole and inside self-attention.
+        own_attention: inside self-attention where it is dense on our kernels.
+        psnr: of the middling clip.
+    """
+
+    seconds: float
+    attention: float
+    own_attention: float
+    psnr: float
+
+
+def measure_anchor(pipe: Any, study: Study, middling: AttentionPlan, on_step: Callable[[int], None]) -> Anchor:
+    """Measure it, or take it from the folder of the study."""
+    from sparsereel_eval.fidelity import psnr
+
+    path = None if study.folder is None else study.folder / "anchor.json"
+    if path is not None and path.is_file():
+        return Anchor(**json.loads(path.read_text(encoding="utf-8")))
+    request, backend = study.settings.request(0), study.settings.backend
+    untouched = generate(pipe, request, profile=True)
+    on_step(study.facts.steps)
+    own = generate(pipe, request, AttentionPlan.uniform(Full()), backend=backend, profile=True)
+    on_step(study.facts.steps)
+    sparse = generate(pipe, request, middling, backend=backend)
+    on_step(study.facts.steps)
+    anchor = Anchor(
+        untouched.seconds,
+        untouched.attention_seconds or 0.0,
+        own.attention_seconds or 0.0,
+        psnr(untouched.exact, sparse.exact) if untouched.exact.ndim == 4 else CAP,
+    )
+    if path is not None:
+        write_json(path, asdict(anchor))
+    return anchor
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Predictions; `learn` takes in what was measured.
+
+    Attributes:
+        points: (weighted error, PSNR) pairs known.
+        pace: seconds of sparse attention over those predicted.
+        excess: density over the one predicted.
+    """
+
+    anchor: Anchor
+    points: tuple[tuple[float, float], ...]
+    pace: float = 1.0
+    excess: float = 1.0
+
+    def seconds(self, share: float) -> float:
+        """Seconds of a clip whose attention takes `share` of the dense time."""
+        rest = max(0.0, self.anchor.seconds - self.anchor.attention)
+        return rest + self.anchor.own_attention * share * self.pace
+
+    def speedup(self, share: float) -> float:
+        """Seconds of the untouched clip over those."""
+        return self.anchor.seconds / max(self.seconds(share), 1e-9)
+
+    def share_for(self, speedup: float) -> float:
+        """The share that `speedup` needs; negative where attention alone cannot give it."""
+        rest = max(0.0, self.anchor.seconds - self.anchor.attention)
+        return (self.anchor.seconds / speedup - rest) / max(self.anchor.own_attention * self.pace, 1e-9)
+
+    def psnr(self, error: float) -> float:
+        """dB of a clip against the dense one."""
+        if error <= 0:
+            return CAP
+        slope, offset = self._line()
+        return min(CAP, offset - slope * _decibels(error))
+
+    def error_for(self, psnr: float) -> float:
+        """The weighted error that a PSNR allows."""
+        slope, offset = self._line()
+        return float(10 ** ((offset - psnr) / slope / 10))
+
+    def _line(self) -> tuple[float, float]:
+        """psnr = offset - slope * dB of error, by least squares; through the latest point where the fit is bound."""
+        known = [(_decibels(error), psnr) for error, psnr in self.points if error > 0 and psnr < CAP]
+        if not known:
+            return 1.0, 30.0
+        x, y = (np.array(values) for values in zip(*known, strict=True))
+        slope = 1.0
+        if len(known) > 1 and np.ptp(x) > 0.5:
+            slope = float(np.clip(-np.polyfit(x, y, 1)[0], *SLOPES))
+        # The latest point is the nearest to the target, and on other prompts than the first.
+        return slope, float(y[-1] + slope * x[-1])
+
+    def learn(self, error: float, psnr: float, share: float, seconds: float, dense_seconds: float) -> Forecast:
+        """The forecast after a plan was measured."""
+        scale = self.anchor.seconds / dense_seconds
+        rest = max(0.0, self.anchor.seconds - self.anchor.attention)
+        spent = max(seconds * scale - rest, 0.0)
+        pace = float(np.clip(spent / max(self.anchor.own_attention * share, 1e-9), 0.5, 4.0))
+        return replace(self, points=(*self.points, (error, psnr)), pace=pace)
+
+
+def _decibels(error: float) -> float:
+    return 10 * math.log10(error)
