@@ -13,6 +13,7 @@ import importlib
 from typing import Any
 
 from sparsereel import patterns, selectors
+from sparsereel.extend import extend
 from sparsereel.grid import Permutation, Segment, TokenGrid
 from sparsereel.inject import report, restore, sparsified, sparsify
 from sparsereel.plan import AttentionPlan
@@ -34,6 +35,7 @@ __all__ = [
     "Segment",
     "TokenGrid",
     "__version__",
+    "extend",
     "minireel",
     "patterns",
     "report",

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -21,6 +21,9 @@ from sparsereel.runtime import ModelRuntime
 from sparsereel.search import transfer
 from sparsereel.selectors.base import Selector
 from sparsereel.sparse_layer import SparseLayer
+
+if TYPE_CHECKING:
+    from sparsereel.extend.extension import Extension
 
 _ATTRIBUTE = "_sparsereel_injection"
 
@@ -86,6 +89,16 @@ class Injection:
             runtime.orders_tokens = bool(order_hooks)
             self.handles += order_hooks
 
+    def extend(self, model: nn.Module, extension: Extension) -> None:
+        """Let an extension change this model's calls until `restore`.
+
+        Raises:
+            ValueError: the extension does not go with this model or plan; nothing is changed then.
+        """
+        extension.check_methods(self.runtime.methods())
+        self.handles.append(extension.install(model))
+        self.runtime.extension = extension
+
     def remove(self, model: nn.Module) -> None:
         """Put every processor back and remove every hook."""
         for module, original, announcer in self.replaced:
@@ -131,6 +144,7 @@ def sparsify(pipe_or_model: Any, plan: PlanLike, *, backend: str = "auto") -> Re
     installed: list[nn.Module] = []
     try:
         for component, model in models.items():
+            before = getattr(model, _ATTRIBUTE, None)
             _remove(model)
             family = find(model)
             if family is None:
@@ -138,6 +152,9 @@ def sparsify(pipe_or_model: Any, plan: PlanLike, *, backend: str = "auto") -> Re
             injection = Injection(model, family, component, resolved, backend)
             injection.install(model)
             installed.append(model)
+            # What `extend` asked for outlives a change of plan.
+            if before is not None and before.runtime.extension is not None:
+                injection.extend(model, before.runtime.extension)
             if not isinstance(pipe_or_model, nn.Module):
                 injection.runtime.steps.register(pipe_or_model)
     except BaseException:

@@ -13,7 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,12 +28,15 @@ from sparsereel.patterns.base import Pattern
 from sparsereel.plan import AttentionPlan
 from sparsereel.plan_entries import Method
 from sparsereel.selectors import SelectionContext, Selector, refreshing
-from sparsereel.sparse_layer import LAYERS, SparseLayer, in_backward
+from sparsereel.sparse_layer import LAYERS, SparseLayer, in_backward, one_modifier
 from sparsereel.step import StepInfo, StepSource
 from sparsereel.token_order import BLOCK, MASKS, Tile, best_tile, tile_order
-from sparsereel_kernels import dispatch, run, sparse_attention
+from sparsereel_kernels import BlockMask, FrameDecay, dispatch, run, sparse_attention
 from sparsereel_kernels.attention import mask_name
 from sparsereel_kernels.cost import expected_share
+
+if TYPE_CHECKING:
+    from sparsereel.extend.extension import Extension
 
 logger = logging.getLogger("sparsereel")
 
@@ -78,6 +81,10 @@ class ModelRuntime(OrderSource):
         self.component = component
         self.plan = plan
         self.backend = backend
+        #: what `extend` asked for, if it was called
+        self.extension: Extension | None = None
+        #: dense calls run on what the layer had before, bit for bit
+        self.dense_as_found = False
         #: time every eager attention call
         self.profile = False
         #: for recordings; None = nobody looks
@@ -170,13 +177,24 @@ class ModelRuntime(OrderSource):
         if layout not in self._tiles:
             grid = decode(layout)
             enough = grid.seq_len >= self.plan.schedule.min_tokens
-            self._tiles[layout] = best_tile(self._methods(), grid) if enough else None
+            self._tiles[layout] = best_tile(self.methods(), grid) if enough else None
         return self._tiles[layout]
 
-    def _methods(self) -> Counter[Method]:
+    def methods(self) -> Counter[Method]:
         """How many heads of how many layers follow each pattern or selector at some step."""
         heads = [head for layer in self.layers for head in layer.plan.heads]
         return Counter(method for head in heads for _, method in head if not isinstance(method, Full))
+
+    def decay(self, layout: Layout, device: torch.device) -> FrameDecay | None:
+        """What an extension changes in the logits of a call with this layout; None where it changes nothing."""
+        return None if self.extension is None else self.extension.modifier(layout, self._tile_of(layout), device)
+
+    def dense_mask(self, layout: Layout, device: torch.device) -> BlockMask | None:
+        """What a dense call may see under an extension; None = everything."""
+        return None if self.extension is None else self.extension.dense_mask(layout, self._tile_of(layout), device)
+
+    def _tile_of(self, layout: Layout) -> Tile | None:
+        return self.tile if layout == self.layout else None
 
     # -------------------------------------------------------------- choice
 
@@ -243,12 +261,14 @@ class ModelRuntime(OrderSource):
             if isinstance(method, Selector):
                 chosen.setdefault(method, []).append(head)
         heads = len(asked.methods)
-        tiled = self.tile is not None and asked.layout == self.layout
-        order = tile_order(asked.layout, self.tile) if tiled and self.tile is not None else None
+        tile = self._tile_of(asked.layout)
+        order = None if tile is None else tile_order(asked.layout, tile)
         branch = asked.layer.branch_at(asked.step) if chosen else ""
         launches: list[Launch] = []
         if static:
             patterns = tuple(p.for_head(asked.layer.index, head) for head, p in static.items())
+            if self.extension is not None:
+                patterns = tuple(self.extension.head_pattern(p, asked.layout) for p in patterns)
             grid = decode(asked.layout)
             mask = MASKS.get(patterns, grid, block=BLOCK, device=asked.q.device, layer=asked.layer.index, order=order)
             if mask is None and not chosen:
@@ -304,7 +324,9 @@ class ModelRuntime(OrderSource):
 
     def own_dense(self, q: torch.Tensor) -> bool:
         """Whether dense calls run on our kernel: on a CPU whose native kernels are there, which beat torch's own."""
-        if self.backend not in ("auto", "cpu") or q.device.type != "cpu" or torch.is_grad_enabled():
+        if self.dense_as_found or self.backend not in ("auto", "cpu"):
+            return False
+        if q.device.type != "cpu" or torch.is_grad_enabled():
             return False
         return self.kernel(q, None) == "cpu"
 
@@ -399,9 +421,11 @@ def attend_layer(
     runtime = layer.runtime
     lengths, bias = runtime.key_padding(attn_mask)
     choice = runtime.select(layer, tuple(layout), q, k, lengths, scale)
-    options = {"scale": scale, "key_lengths": lengths, "modifier": bias, "backend": runtime.backend}
+    decay = runtime.decay(tuple(layout), q.device)
+    options = {"scale": scale, "key_lengths": lengths, "modifier": one_modifier(bias, decay), "backend": runtime.backend}
     if choice is None:
-        out = sparse_attention(q, k, v, **options)
+        mask = None if decay is None else runtime.dense_mask(tuple(layout), q.device)
+        out = sparse_attention(q, k, v, mask, **options)
     else:
         layer.note_backend(q, k, v, choice)
         out = run_launches(q, k, v, choice, **options)

@@ -17,7 +17,7 @@ from sparsereel.launches import Choice, run_launches
 from sparsereel.padding import bias_of
 from sparsereel.plan import LayerPlan
 from sparsereel.step import StepInfo
-from sparsereel_kernels import BlockMask, dispatch, run, sparse_attention
+from sparsereel_kernels import BlockMask, FrameDecay, KeyBias, dispatch, run, sparse_attention
 
 if TYPE_CHECKING:
     from sparsereel.runtime import ModelRuntime
@@ -133,7 +133,7 @@ class SparseLayer:
         if refuse is not None or layout is None:
             torch.ops.sparsereel.note_dense(self.slot, refuse or "")
             return call.dense()
-        if self.has_selectors:
+        if self.has_selectors or self.runtime.decay(layout, q.device) is not None:
             padding = call.attn_mask
             return torch.ops.sparsereel.attend_layer(self.slot, q, k, v, padding, call.scale, list(layout))
         name = torch.ops.sparsereel.select_mask(self.slot, q, k, list(layout))
@@ -155,16 +155,20 @@ class SparseLayer:
         if not again and (refuse is not None or layout is None):
             self.count_dense(refuse or "")
             return call.dense()
-        if again and runtime.repeat(self) is None:
+        decay = None if refuse is not None or layout is None else runtime.decay(layout, q.device)
+        if again and runtime.repeat(self) is None and decay is None:
             return call.dense()
         lengths, bias = runtime.key_padding(call.attn_mask)
         if runtime.observer is not None and layout is not None and bias is None and not again:
             runtime.observer(self, layout, runtime.step(), q, k, v, lengths, call.scale)
         choice = runtime.select(self, layout or (), q, k, lengths, call.scale)
-        options = {"scale": call.scale, "key_lengths": lengths, "modifier": bias, "backend": runtime.backend}
+        modifier = one_modifier(bias, decay)
+        options = {"scale": call.scale, "key_lengths": lengths, "modifier": modifier, "backend": runtime.backend}
         if choice is not None:
             self.note_backend(q, k, v, choice)
             return run_launches(q, k, v, choice, **options)
+        if decay is not None:
+            return sparse_attention(q, k, v, runtime.dense_mask(layout or (), q.device), **options)
         if call.free_choice and runtime.own_dense(q):
             return sparse_attention(q, k, v, **options)
         return call.dense()
@@ -198,6 +202,20 @@ class SparseLayer:
         self.reached = True
         self.last_choice = choice
         self.runtime.chosen[self] = choice
+
+
+def one_modifier(bias: KeyBias | None, decay: FrameDecay | None) -> KeyBias | FrameDecay | None:
+    """What a call hands to its kernel, which takes one change to the logits.
+
+    Raises:
+        ValueError: there are two.
+    """
+    if bias is not None and decay is not None:
+        raise ValueError(
+            "ultravico does not combine with a padding mask whose kept keys are no prefix; "
+            "pad prompts at the end, or generate one prompt at a time"
+        )
+    return decay if bias is None else bias
 
 
 def in_backward() -> bool:
