@@ -11,6 +11,7 @@ import typer
 from sparsereel.cli import console
 from sparsereel.cli.bench import app as bench
 from sparsereel.cli.doctor import doctor
+from sparsereel.cli.eval import app as evaluate
 from sparsereel.cli.generate import generate
 from sparsereel.cli.inspect import inspect
 from sparsereel.cli.models import models
@@ -28,6 +29,7 @@ app.command()(inspect)
 app.command()(models)
 app.command()(doctor)
 app.add_typer(bench, name="bench")
+app.add_typer(evaluate, name="eval")
 
 
 def _print_version(wanted: bool) -> None:

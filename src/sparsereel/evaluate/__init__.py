@@ -1,0 +1,1 @@
+"""Studies of quality and speed: what `sparsereel eval` runs. The metrics themselves live in `sparsereel_eval`."""
