@@ -422,7 +422,13 @@ def attend_layer(
     lengths, bias = runtime.key_padding(attn_mask)
     choice = runtime.select(layer, tuple(layout), q, k, lengths, scale)
     decay = runtime.decay(tuple(layout), q.device)
-    options = {"scale": scale, "key_lengths": lengths, "modifier": one_modifier(bias, decay), "backend": runtime.backend}
+    modifier = one_modifier(bias, decay)
+    options: dict[str, Any] = {
+        "scale": scale,
+        "key_lengths": lengths,
+        "modifier": modifier,
+        "backend": runtime.backend,
+    }
     if choice is None:
         mask = None if decay is None else runtime.dense_mask(tuple(layout), q.device)
         out = sparse_attention(q, k, v, mask, **options)

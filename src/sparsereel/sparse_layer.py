@@ -162,8 +162,12 @@ class SparseLayer:
         if runtime.observer is not None and layout is not None and bias is None and not again:
             runtime.observer(self, layout, runtime.step(), q, k, v, lengths, call.scale)
         choice = runtime.select(self, layout or (), q, k, lengths, call.scale)
-        modifier = one_modifier(bias, decay)
-        options = {"scale": call.scale, "key_lengths": lengths, "modifier": modifier, "backend": runtime.backend}
+        options: dict[str, Any] = {
+            "scale": call.scale,
+            "key_lengths": lengths,
+            "modifier": one_modifier(bias, decay),
+            "backend": runtime.backend,
+        }
         if choice is not None:
             self.note_backend(q, k, v, choice)
             return run_launches(q, k, v, choice, **options)

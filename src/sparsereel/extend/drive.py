@@ -147,5 +147,5 @@ def _riflex_note(rope: Any, wanted: sizes.Sizes, recipe: recipes.Recipe) -> str:
     number, period = policy.intrinsic(rope.t_dim, WAN_BASE, wanted.trained_tokens[0])
     length = wanted.target_tokens[0]
     if length <= period:
-        return f"riflex changes nothing: component {number} comes round after {period} latent frames, the clip has {length}"
+        return f"riflex changes nothing: {length} latent frames lie within component {number}'s period of {period}"
     return f"riflex lowers component {number} (period {period} latent frames) for a clip of {length}"

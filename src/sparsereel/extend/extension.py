@@ -49,11 +49,8 @@ class Extension:
         """Whether a call with so many tokens along each axis is to be extended."""
         wanted = self.sizes.matches(tokens)
         trained = self.sizes.trained_tokens
-        if (
-            not wanted
-            and not torch.compiler.is_compiling()
-            and any(a > b for a, b in zip(tokens, trained, strict=True))
-        ):
+        larger = any(a > b for a, b in zip(tokens, trained, strict=True))
+        if larger and not wanted and not torch.compiler.is_compiling():
             self._tell(tokens)
         return wanted and self.sizes.grows
 
@@ -125,7 +122,10 @@ class Extension:
         if type(rope).__name__ != "WanRotaryPosEmbed":
             return _Nothing()
         tables = WanTables(rope, self)
-        tables.check()
+        if not tables.known():
+            if self.recipe.time == self.recipe.space == PLAIN:
+                return _Nothing()
+            raise ValueError("this model's rotary tables are not Wan's (base 10000), so their frequencies stay")
         return tables.install()
 
     def policies(self, tokens: Triple) -> tuple[RopePolicy, RopePolicy, RopePolicy] | None:
@@ -157,7 +157,13 @@ class WanTables:
         self._found: tuple[Any, tuple[Tensor, Tensor]] | None = None
 
     def install(self) -> WanTables:
-        """Shadow the class's forward on this instance."""
+        """Shadow the class's forward on this instance.
+
+        Raises:
+            ValueError: somebody else did so before.
+        """
+        if "forward" in vars(self.rope):
+            raise ValueError("another library has replaced this model's rotary embedding; remove that first")
         # A bound method is copied together with the model, unlike a closure.
         self.rope.forward = self.forward
         return self
@@ -166,21 +172,13 @@ class WanTables:
         """Leave the instance as it was."""
         vars(self.rope).pop("forward", None)
 
-    def check(self) -> None:
-        """Refuse tables of an unknown kind.
-
-        Raises:
-            ValueError: see `Extension.install`.
-        """
+    def known(self) -> bool:
+        """Whether the tables are those that the policies are defined on."""
         known = torch.cat([axis_table(plain_frequencies(dim, WAN_BASE), 2)[0] for dim in self._dims()], dim=1)
         found = self.rope.freqs_cos
         length = min(2, found.shape[0])
-        if found.shape[1] != known.shape[1] or (found[:length].float().cpu() - known[:length]).abs().max() > 0.01:
-            raise ValueError(
-                "this model's rotary tables are not Wan's (base 10000); only method='ultravico' ones fit it"
-            )
-        if "forward" in vars(self.rope):
-            raise ValueError("another library has replaced this model's rotary embedding; remove that first")
+        same_width = found.shape[1] == known.shape[1]
+        return same_width and bool((found[:length].float().cpu() - known[:length]).abs().max() < 0.01)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (1, S, 1, D) for latents (B, C, F, H, W), frame by frame."""
@@ -189,7 +187,7 @@ class WanTables:
         tokens = (frames, height, width)
         policies = self.extension.policies(tokens)
         if policies is None or (max(tokens) <= self.rope.max_seq_len and all(p == PLAIN for p in policies)):
-            return type(self.rope).forward(self.rope, hidden_states)  # type: ignore[no-any-return]
+            return type(self.rope).forward(self.rope, hidden_states)
         like = self.rope.freqs_cos
         if torch.compiler.is_compiling():
             return self._tables(tokens, policies, like)

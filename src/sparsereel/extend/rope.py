@@ -73,7 +73,7 @@ class NTK(RopePolicy):
 
 @dataclass(frozen=True)
 class YaRN(RopePolicy):
-    """By parts (arXiv 2309.00071): components that turn often within the trained length stay, slow ones are divided by s.
+    """By parts (arXiv 2309.00071): what turns often within the trained length stays, what turns slowly is divided by s.
 
     r_j = trained * theta_j / (2 pi) turns; w_j = clamp((r_j - low) / (high - low), 0, 1);
     theta'_j = theta_j * (w_j + (1 - w_j) / s). Queries and keys are both scaled by 0.1 ln s + 1.

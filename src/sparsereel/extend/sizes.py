@@ -116,7 +116,7 @@ def _patch(config: Any) -> Triple:
     patch = config.patch_size
     if isinstance(patch, int):
         return int(getattr(config, "patch_size_t", None) or 1), patch, patch
-    return tuple(patch)  # type: ignore[return-value]
+    return tuple(patch)
 
 
 #: Wan 2.2 TI2V 5B, told from its 48 latent channels, is called through pipelines whose defaults are those of Wan 2.1.
@@ -133,7 +133,7 @@ def _trained(pipe: Any, model: Any) -> Triple:
         raise ValueError(
             f"the size that {type(pipe).__name__} was trained for is not known: its call has no default size"
         )
-    return tuple(sizes)  # type: ignore[arg-type,return-value]
+    return tuple(sizes)  # type: ignore[return-value]
 
 
 def _frames(wanted: Any, trained: int, scale: Scale) -> int:
