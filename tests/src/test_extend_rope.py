@@ -53,7 +53,10 @@ def test_formulas(dim, base, trained, length):
 
     def check(policy, expected):
         torch.testing.assert_close(
-            policy.frequencies(dim, base, trained, length), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0
+            policy.frequencies(dim, base, trained, length),
+            torch.tensor(expected, dtype=torch.float64),
+            rtol=1e-12,
+            atol=0,
         )
 
     check(RopePolicy(), plain)
