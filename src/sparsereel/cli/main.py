@@ -15,6 +15,7 @@ from sparsereel.cli.eval import app as evaluate
 from sparsereel.cli.generate import generate
 from sparsereel.cli.inspect import inspect
 from sparsereel.cli.models import models
+from sparsereel.cli.search import search
 
 app = typer.Typer(
     name="sparsereel",
@@ -25,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(generate)
+app.command()(search)
 app.command()(inspect)
 app.command()(models)
 app.command()(doctor)
