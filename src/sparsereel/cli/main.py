@@ -12,6 +12,7 @@ from sparsereel.cli import console
 from sparsereel.cli.bench import app as bench
 from sparsereel.cli.doctor import doctor
 from sparsereel.cli.eval import app as evaluate
+from sparsereel.cli.extend import extend
 from sparsereel.cli.generate import generate
 from sparsereel.cli.inspect import inspect
 from sparsereel.cli.models import models
@@ -26,6 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(generate)
+app.command()(extend)
 app.command()(search)
 app.command()(inspect)
 app.command()(models)

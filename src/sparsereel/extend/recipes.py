@@ -12,7 +12,7 @@ The values of UltraViCo are the paper's. YaRN in space is a choice of this libra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from sparsereel.extend.rope import NTK, PositionInterpolation, RIFLEx, RopePolicy, YaRN
 from sparsereel.extend.sizes import Sizes
@@ -46,8 +46,18 @@ class Recipe:
 
     def describe(self) -> str:
         """In short, for tables."""
-        parts = [f"{what} {policy}" for what, policy in (("time", self.time), ("space", self.space)) if policy != PLAIN]
-        return ", ".join(parts + ([str(self.decay)] if self.decay else [])) or "plain"
+        axes = (("time", self.time), ("space", self.space))
+        parts = [f"{_short(policy)} in {axis}" for axis, policy in axes if policy != PLAIN]
+        return " and ".join(([_short(self.decay)] if self.decay else []) + parts) or "plain"
+
+
+def _short(part: RopePolicy | UltraViCo) -> str:
+    """Name and settings that differ from their defaults; alpha always."""
+    given = {f.name: getattr(part, f.name) for f in fields(part) if getattr(part, f.name) != f.default}
+    if isinstance(part, UltraViCo):
+        given = {"alpha": part.alpha} | given
+    listed = ", ".join(f"{name}={value}" for name, value in given.items())
+    return f"{part.name}({listed})" if listed else part.name
 
 
 def resolve(method: str | Recipe, family: str, sizes: Sizes) -> Recipe:

@@ -42,6 +42,8 @@ class UltraViCo:
     gamma: float = 0.0
     by: Literal["tokens", "frames"] = "tokens"
 
+    name: ClassVar[str] = "ultravico"
+
     def __post_init__(self) -> None:
         lowest = self.alpha if self.beta is None else self.beta
         if not 0 < lowest <= self.alpha <= 1:

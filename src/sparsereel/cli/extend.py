@@ -1,0 +1,167 @@
+"""`sparsereel extend`: a clip longer or larger than the model was trained for, or what it would cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparsereel.cli import console
+
+if TYPE_CHECKING:
+    from sparsereel.extend.forecast import Forecast
+
+
+def extend(
+    prompt: Annotated[str | None, typer.Argument(help="What to generate; not needed with --dry-run.")] = None,
+    frames: Annotated[str | None, typer.Option(help="2x: twice the trained length; 65: so many frames.")] = None,
+    height: Annotated[str | None, typer.Option(help="1.5x of the trained height, or pixels.")] = None,
+    width: Annotated[str | None, typer.Option(help="1.5x of the trained width, or pixels.")] = None,
+    method: Annotated[str, typer.Option(help="auto, plain, riflex, pi, ntk, yarn, ultravico ...")] = "auto",
+    plan: Annotated[str | None, typer.Option(help="Preset name or plan file; dense without it.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The mp4 to write.")] = Path("out.mp4"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would cost.")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of a pipeline; default minireel.")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    json: Annotated[str | None, typer.Option("--json", help="Write the result as JSON here, or - for stdout.")] = None,
+) -> None:
+    """A longer or larger clip without training: an mp4, a PNG contact sheet and a JSON sidecar."""
+    sizes = {name: _size(name, given) for name, given in (("frames", frames), ("height", height), ("width", width))}
+    if dry_run:
+        found = _forecast(model, sizes, method, plan, steps, guidance, dtype, device)
+        _print(found)
+        console.emit_json(json, found.to_dict())
+        return
+    if prompt is None:
+        raise ValueError("give a PROMPT, or --dry-run to see what the clip would cost")
+    from sparsereel.generation import Request
+
+    request = Request(prompt, seed=seed, steps=steps, guidance=guidance, negative_prompt=negative_prompt)
+    result = _generate(request, sizes, method, plan, output, model, dtype, device)
+    console.emit_json(json, result)
+
+
+def _size(name: str, given: str | None) -> float | int | None:
+    """`2x` is a ratio, `65` a target."""
+    if given is None:
+        return None
+    text = given.strip().lower()
+    try:
+        return float(text[:-1]) if text.endswith("x") else int(text)
+    except ValueError:
+        raise ValueError(f"--{name} must be a ratio such as 2x or a whole number, got {given!r}") from None
+
+
+def _generate(
+    request: Any,
+    sizes: dict[str, Any],
+    method: str,
+    plan: str | None,
+    output: Path,
+    model: str | None,
+    dtype: str,
+    device: str,
+) -> dict[str, Any]:
+    from dataclasses import replace
+
+    import sparsereel
+    from sparsereel.batch import check_writable
+    from sparsereel.files import write_json
+    from sparsereel.generation import environment, generate, load_pipeline, request_data
+    from sparsereel.media import write_contact_sheet, write_mp4
+
+    if output.suffix != ".mp4" or output.is_dir():
+        raise ValueError(f"-o must be a file that ends in .mp4, got {output}")
+    check_writable(output.parent)
+    pipe = load_pipeline(model, dtype, device)
+    report = sparsereel.extend(pipe, **sizes, method=method, plan=plan)
+    extension = report.to_dict()["extension"]
+    for note in extension["notes"]:
+        console.say(note)
+    call = {name.removeprefix("num_"): value for name, value in extension["arguments"].items()}
+    request = replace(request, **call)
+    clip = generate(pipe, request)
+    sheet, sidecar = output.with_suffix(".png"), output.with_suffix(".json")
+    write_mp4(output, clip.frames)
+    write_contact_sheet(sheet, [(request.prompt, clip.frames)])
+    result = {
+        "output": str(output),
+        "sheet": str(sheet),
+        "prompt": request.prompt,
+        "request": request_data(request),
+        "model": model or "minireel",
+        "dtype": dtype,
+        "plan": plan,
+        "extension": extension,
+        "seconds": clip.seconds,
+        "report": sparsereel.report(pipe).to_dict(),
+        "environment": environment(),
+    }
+    # Last: a sidecar means that the clip is complete.
+    write_json(sidecar, result)
+    size = "x".join(map(str, clip.frames.shape[:3]))
+    console.say(f"{extension['method']}: {size}, {clip.seconds:.1f} s")
+    console.say(f"wrote {output}, {sheet}")
+    return result
+
+
+def _forecast(
+    model: str | None,
+    sizes: dict[str, Any],
+    method: str,
+    plan: str | None,
+    steps: int | None,
+    guidance: float | None,
+    dtype: str,
+    device: str,
+) -> Forecast:
+    from sparsereel import minireel
+    from sparsereel.extend.forecast import forecast
+    from sparsereel.generation import DTYPES
+    from sparsereel.presets import resolve_plan
+
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+    small = model in (None, "minireel")
+    folder = minireel.WEIGHTS if small else Path(str(model)).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"--dry-run looks at a folder on this machine; {folder} is none")
+    return forecast(
+        folder,
+        minireel.MiniReelPipeline if small else None,
+        sizes,
+        method,
+        None if plan is None else resolve_plan(plan),
+        steps=steps,
+        guidance=guidance,
+        dtype=DTYPES[dtype],
+        device=device,
+    )
+
+
+def _print(found: Forecast) -> None:
+    seconds = "unknown: run `sparsereel bench cost` once"
+    if found.attention_seconds is not None:
+        seconds = f"{found.attention_seconds:.1f} (from the cost table)"
+    rows = [
+        ("size", " x ".join(map(str, found.target)) + f" (trained: {' x '.join(map(str, found.trained))})"),
+        ("call", ", ".join(f"{name}={value}" for name, value in found.arguments.items())),
+        ("method", found.method),
+        ("tokens", f"{found.tokens:,} (trained: {found.trained_tokens:,})"),
+        ("forward passes", f"{found.forwards} in {found.steps} steps"),
+        ("attention density", f"{found.density:.3f}"),
+        ("self-attention TFLOPs", f"{found.attention_flops / 1e12:.3f}"),
+        ("other TFLOPs", f"{found.other_flops / 1e12:.3f}"),
+        ("self-attention seconds", seconds),
+        ("memory while denoising", f"{found.memory / 2**30:.2f} GiB (estimate, without decoding)"),
+    ]
+    for name, value in rows:
+        console.say(f"{name:24s}{value}")
+    for note in found.notes:
+        console.say(note)
