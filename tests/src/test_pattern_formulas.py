@@ -247,3 +247,37 @@ def test_widths_beyond_the_grid_are_the_grid(make):
     grid, pattern = TokenGrid(3, 4, 5, 9), make(10**15)
     assert pattern.token_mask(grid).all()
     assert pattern.block_mask(grid, (8, 8)).token_density == 1
+
+
+def test_blocked_windows_shift_in_odd_layers_only():
+    grid = TokenGrid(1, 1, 8)
+    pattern = patterns.Blocked(window=(1, 1, 4))
+    even, odd = pattern.token_mask(grid, layer=0), pattern.token_mask(grid, layer=1)
+    boxes = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    shifted = torch.tensor([0, 0, 1, 1, 1, 1, 2, 2])
+    assert torch.equal(even, boxes[:, None] == boxes)
+    assert torch.equal(odd, shifted[:, None] == shifted)
+    assert torch.equal(pattern.block_mask(grid, (8, 8), layer=1).to_dense()[0, 0], odd)
+
+
+def test_shards_of_a_stride_of_heads_cover_everything_and_overlap_only_nearby():
+    grid = TokenGrid(2, 4, 8)
+    pattern = patterns.Sharded(run=4, local=1, stride=4)
+    masks = torch.stack([pattern.token_mask(grid, head=head) for head in range(4)])
+    assert masks.any(0).all()
+    runs = torch.arange(64) // 4
+    far = runs[:, None] != runs
+    assert torch.equal(masks.sum(0)[far], torch.ones_like(masks.sum(0)[far]))
+    stacked = pattern.block_mask(grid, (16, 8), heads=4)
+    assert torch.equal(stacked.to_dense()[0], masks)
+
+
+def test_random_runs_follow_their_share_and_seed():
+    grid = TokenGrid(16, 16, 16)
+    one = patterns.RandomGlobal(share=0.25, first=0, run=16)
+    density = one.block_mask(grid, (16, 16)).token_density
+    assert density == pytest.approx(0.25, abs=0.02)
+    assert torch.equal(one.token_mask(TokenGrid(2, 4, 8)), one.token_mask(TokenGrid(2, 4, 8)))
+    other = patterns.RandomGlobal(share=0.25, first=0, run=16, seed=1)
+    assert not torch.equal(one.token_mask(TokenGrid(4, 8, 8)), other.token_mask(TokenGrid(4, 8, 8)))
+    assert patterns.RandomGlobal(share=0.0, first=1, run=4).token_mask(TokenGrid(1, 4, 4))[:, :4].all()

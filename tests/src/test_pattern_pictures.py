@@ -29,6 +29,7 @@ def test_a_pattern_file_runs_as_a_program(tmp_path):
 @pytest.mark.parametrize("name", patterns.names())
 def test_every_pattern_can_be_drawn(name, tmp_path):
     required = {"neighborhood": {"window": 3}, "sliding_tile": {"window": 1, "tile": [2, 2, 2]}}
+    required |= {"blocked": {"window": 2}}
     required |= {"diagonal": {"width": 5}, "multi_diagonal": {"width": 3}, "vertical_stripe": {"columns": [0, 9]}}
     picture = tmp_path / "picture.png"
     pattern = patterns.make(name, **required.get(name, {}))

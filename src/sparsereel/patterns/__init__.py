@@ -14,6 +14,7 @@ import sys
 import warnings
 
 from sparsereel.patterns.base import Pattern
+from sparsereel.patterns.blocked import Blocked
 from sparsereel.patterns.causal import Causal
 from sparsereel.patterns.compose import AllOf, AnyOf, KeepSinks
 from sparsereel.patterns.diagonal import Diagonal
@@ -21,7 +22,9 @@ from sparsereel.patterns.full import Full
 from sparsereel.patterns.multi_diagonal import MultiDiagonal
 from sparsereel.patterns.neighborhood import Neighborhood
 from sparsereel.patterns.radial import Radial
+from sparsereel.patterns.random_global import RandomGlobal
 from sparsereel.patterns.registry import make, names
+from sparsereel.patterns.sharded import Sharded
 from sparsereel.patterns.sink import Sink
 from sparsereel.patterns.skip import Skip
 from sparsereel.patterns.sliding_tile import SlidingTile
@@ -36,6 +39,7 @@ if sys.argv[:1] == ["-m"]:
 __all__ = [
     "AllOf",
     "AnyOf",
+    "Blocked",
     "Causal",
     "Diagonal",
     "Full",
@@ -44,6 +48,8 @@ __all__ = [
     "Neighborhood",
     "Pattern",
     "Radial",
+    "RandomGlobal",
+    "Sharded",
     "Sink",
     "Skip",
     "SlidingTile",

@@ -6,12 +6,15 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from sparsereel.patterns.base import Pattern
+from sparsereel.patterns.blocked import Blocked
 from sparsereel.patterns.causal import Causal
 from sparsereel.patterns.diagonal import Diagonal
 from sparsereel.patterns.full import Full
 from sparsereel.patterns.multi_diagonal import MultiDiagonal
 from sparsereel.patterns.neighborhood import Neighborhood
 from sparsereel.patterns.radial import Radial
+from sparsereel.patterns.random_global import RandomGlobal
+from sparsereel.patterns.sharded import Sharded
 from sparsereel.patterns.sink import Sink
 from sparsereel.patterns.skip import Skip
 from sparsereel.patterns.sliding_tile import SlidingTile
@@ -32,6 +35,9 @@ CLASSES: tuple[type[Any], ...] = (
     Diagonal,
     MultiDiagonal,
     VerticalStripe,
+    Blocked,
+    Sharded,
+    RandomGlobal,
 )
 
 

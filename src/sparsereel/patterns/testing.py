@@ -63,6 +63,15 @@ def leaves() -> st.SearchStrategy[Pattern]:
         st.builds(patterns.Causal, st.integers(1, 3)),
         st.builds(patterns.Diagonal, reach),
         st.builds(patterns.MultiDiagonal, reach, st.none() | st.integers(1, 20)),
+        st.builds(
+            patterns.Blocked,
+            _axes(st.integers(1, 5) | SHARES),
+            st.sampled_from(["never", "odd_layers", "always"]),
+        ),
+        st.builds(patterns.Sharded, *(st.integers(1, 9), st.integers(1, 3), st.integers(1, 4), st.integers(0, 3))),
+        st.builds(
+            patterns.RandomGlobal, SHARES | st.just(0.0), st.integers(0, 2), st.integers(1, 9), st.integers(0, 3)
+        ),
         # The first column is in every grid.
         st.builds(lambda more: patterns.VerticalStripe((0, *more)), columns),
     )
