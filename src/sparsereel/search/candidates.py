@@ -69,8 +69,7 @@ def resolve(
     for method in dict.fromkeys(wanted):
         if isinstance(method, Full):
             continue
-        # Wrappers have no name in plans; a combination of the same parts does.
-        if isinstance(method, Selector) or isinstance(method, Skip) or _worth(method, grid, seen):
+        if isinstance(method, (Selector, Skip)) or _worth(method, grid, seen):
             found.append(method)
     if len(found) == 1:
         raise ValueError(f"no candidate besides full is sparse on {grid}; asked for: {_listed(wanted)}")
@@ -111,6 +110,7 @@ def _of_plan(plan: PlanLike) -> list[Method]:
 
 
 def _with_sinks(method: Method, keep: bool) -> Method:
+    # A pattern that keeps sinks has no name in plans; the combination of its parts does.
     if not keep or isinstance(method, (Full, Skip, Selector)):
         return method
     return method | patterns.Sink(1)

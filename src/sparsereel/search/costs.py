@@ -137,9 +137,10 @@ class Pricing:
             facts = self.study.facts.layers[component, layer]
             grid = decode(facts.layout)
             sums = self.recording.sums[key]
-            rows = [[self._price(key, h, c, facts.layout, tile) for c in range(sums.error.shape[1])]
-                    for h in range(facts.heads)]  # fmt: skip
-            table = np.array(rows)
+            heads, candidates = sums.error.shape
+            table = np.array(
+                [[self._price(key, h, c, facts.layout, tile) for c in range(candidates)] for h in range(heads)]
+            )
             share.append(table[..., 0])
             density.append(table[..., 1])
             selection.append(table[..., 2])
@@ -152,8 +153,9 @@ class Pricing:
                 first = share_of(self.study.settings.dense_first, self.study.facts.steps)
                 fixed_size += dense * calls * first * facts.heads
                 fixed_weight += calls * first
-        joined = (np.concatenate(x) for x in (share, density, selection))
-        return Costs(tile, *joined, np.array(size), np.array(weight), fixed_size, fixed_weight)
+        shares, densities, selections = (np.concatenate(rows) for rows in (share, density, selection))
+        sizes, weights = np.array(size), np.array(weight)
+        return Costs(tile, shares, densities, selections, sizes, weights, fixed_size, fixed_weight)
 
     def _calls_per_step(self, key: Key) -> float:
         sampled = len(self.study.buckets[key[2]].sampled(STEPS_EACH)) * len(self.study.settings.calibrating)
@@ -163,9 +165,7 @@ class Pricing:
         fit = cost.find(self.study.facts.device_type, self.study.facts.dtype, head_dim, self.backend)
         return fit.seconds(grid.seq_len, 1.0, 1.0) if fit is not None else 4.0 * grid.seq_len**2 * head_dim
 
-    def _price(
-        self, key: Key, head: int, number: int, layout: Layout, tile: Tile | None
-    ) -> tuple[float, float, float]:
+    def _price(self, key: Key, head: int, number: int, layout: Layout, tile: Tile | None) -> tuple[float, float, float]:
         """(share of the dense time, density, share of it spent on selecting)."""
         method = self.study.candidates[number]
         if isinstance(method, Full):

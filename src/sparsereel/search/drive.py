@@ -77,9 +77,7 @@ class Chooser:
             if actual == tile or not solution.choice.any():
                 own.append(solution)
             elif actual in self.prices:
-                again = self.solution(
-                    target, forecast, self.prices[actual], front, solution.choice, solution.pressure
-                )
+                again = self.solution(target, forecast, self.prices[actual], front, solution.choice, solution.pressure)
                 others.append(again)
         by_cost = target.kind == "target_psnr"
 
@@ -175,7 +173,7 @@ def _choose(
 ) -> SearchResult:
     target = study.settings.target
     solution = chooser.solve(target, forecast)
-    tried = [(solution, forecast, {})]
+    tried: Tried = [(solution, forecast, {})]
     if study.settings.held_out:
         shown.stage("measuring the plan")
         tried = _measured(pipe, study, chooser, solution, forecast, shown)
@@ -197,11 +195,10 @@ def _choose(
 Tried = list[tuple[Solution, Forecast, dict[str, Any]]]
 
 
-def _measured(
-    pipe: Any, study: Study, chooser: Chooser, solution: Solution, forecast: Forecast, shown: Bar
-) -> Tried:  # fmt: skip
+def _measured(pipe: Any, study: Study, chooser: Chooser, solution: Solution, forecast: Forecast, shown: Bar) -> Tried:
     """Measure; while the target is missed, or PSNR lies well above it, choose again by what was learnt."""
-    target, tried = study.settings.target, []
+    target = study.settings.target
+    tried: Tried = []
     held_out = HeldOut(pipe, study, shown.done)
     for turn in range(1 + REPEATS):
         measured = held_out.measure(solution.plan)
@@ -212,7 +209,7 @@ def _measured(
             break
         share = solution.costs.mean_share(solution.choice)
         density = solution.costs.mean_density(solution.choice)
-        forecast = forecast.learn(solution.error, measured["psnr"], share, measured["seconds"], measured["dense_seconds"])
+        forecast = forecast.learn(solution.error, share, measured)
         if target.kind == "budget":
             forecast = replace(forecast, excess=max(1.0, measured["density"] / max(density, 1e-9)))
         again = chooser.solve(target, forecast)

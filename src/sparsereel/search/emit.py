@@ -1,4 +1,4 @@
-"""From choices to a plan file: heads that do the same share an entry, stretches of steps that do the same are joined."""
+"""From choices to a plan: heads that do the same share an entry, neighbouring stretches of steps too."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from sparsereel.plan_entries import Choice, LayerEntry, LayerKey, LayerPlan, Met
 from sparsereel.schedule import Schedule
 from sparsereel.search.costs import Item
 from sparsereel.search.record import Study
-from sparsereel.selectors import Selector
 from sparsereel.token_order import Tile, best_tile
 
 #: what a head does in each stretch of steps, as numbers of candidates
 Course = tuple[int, ...]
 
 
-def plan_of(study: Study, items: list[Item], choice: np.ndarray, calibration: dict[str, Any] | None = None) -> AttentionPlan:
+def plan_of(study: Study, items: list[Item], choice: np.ndarray) -> AttentionPlan:
     """The plan in which item i follows candidate `choice[i]`; what was not recorded is full."""
     courses: dict[tuple[str, int], list[list[int]]] = {
         key: [[0] * len(study.buckets) for _ in range(facts.heads)] for key, facts in study.facts.layers.items()
@@ -39,7 +38,6 @@ def plan_of(study: Study, items: list[Item], choice: np.ndarray, calibration: di
         schedule=Schedule(dense_first=study.settings.dense_first),
         patterns=tuple((name, study.candidates[number]) for number, name in names.items()),
         components=tuple((component, _joined(layers)) for component, layers in components.items()),
-        calibration=calibration or {},
     )
 
 
@@ -128,8 +126,3 @@ def _resolved(study: Study, plan: AttentionPlan, component: str) -> list[LayerPl
     known = [layers.get(index) for index in range(max(layers) + 1)]
     names = [facts.name if facts else f"layer {index}" for index, facts in enumerate(known)]
     return plan.resolve(component, names, [facts.heads if facts else 1 for facts in known])
-
-
-def has_selectors(plan: AttentionPlan) -> bool:
-    """Whether any head chooses its blocks at run time."""
-    return any(isinstance(use, Selector) for _, use in plan.patterns)

@@ -24,7 +24,7 @@ from sparsereel.patterns.layout import Tokens
 from sparsereel.plan_entries import Method
 from sparsereel.selectors import SelectionContext, Selector
 from sparsereel.token_order import BLOCK
-from sparsereel_kernels import sparse_attention
+from sparsereel_kernels import BlockMask, sparse_attention
 
 #: queries looked at in one call of one layer
 SAMPLES = 96
@@ -243,7 +243,9 @@ def _sum(x: Tensor) -> Tensor:
     return x.flatten(1).sum(1, dtype=torch.float64).cpu()
 
 
-def _selected(call: AttentionCall, selector: Selector, queries: Tensor, number: int, sums: Sums) -> tuple[Tensor, Tensor]:
+def _selected(
+    call: AttentionCall, selector: Selector, queries: Tensor, number: int, sums: Sums
+) -> tuple[Tensor, Tensor]:
     """Output [B, H, n, Dv] and lse [B, H, n] of a selector at the sampled queries; notes what it visits."""
     q, k, v, places = call.q, call.k, call.v, queries.to(call.q.device)
     if call.order is not None:
@@ -268,9 +270,9 @@ def _selected(call: AttentionCall, selector: Selector, queries: Tensor, number: 
     return out[:, :, places], lse[:, :, places]
 
 
-def _note_density(mask: object, number: int, sums: Sums) -> None:
-    heads = int(mask.kv_num_blocks.shape[1])  # type: ignore[attr-defined]
+def _note_density(mask: BlockMask, number: int, sums: Sums) -> None:
+    heads = int(mask.kv_num_blocks.shape[1])
     for head in range(sums.density.shape[0]):
-        own = mask.head(head) if heads > 1 else mask  # type: ignore[attr-defined]
+        own = mask.head(head) if heads > 1 else mask
         sums.density[head, number] += own.density
         sums.token_density[head, number] += own.token_density

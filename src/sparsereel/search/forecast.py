@@ -115,9 +115,10 @@ class Forecast:
         # The latest point is the nearest to the target, and on other prompts than the first.
         return slope, float(y[-1] + slope * x[-1])
 
-    def learn(self, error: float, psnr: float, share: float, seconds: float, dense_seconds: float) -> Forecast:
-        """The forecast after a plan was measured."""
-        scale = self.anchor.seconds / dense_seconds
+    def learn(self, error: float, share: float, measured: dict[str, Any]) -> Forecast:
+        """The forecast after a plan of that predicted error and share was measured."""
+        seconds, psnr = measured["seconds"], measured["psnr"]
+        scale = self.anchor.seconds / measured["dense_seconds"]
         rest = max(0.0, self.anchor.seconds - self.anchor.attention)
         spent = max(seconds * scale - rest, 0.0)
         pace = float(np.clip(spent / max(self.anchor.own_attention * share, 1e-9), 0.5, 4.0))

@@ -117,7 +117,8 @@ def weights_of(study: Study, items: list[Item], errors: np.ndarray, number: int,
     groups = groups_of(items)
     by_group = _ratios([(found[f"layers {g}"], local[groups == g].sum()) for g in np.unique(groups).tolist()])
     stretches = np.unique(buckets).tolist()
-    by_stretch = dict(zip(stretches, _ratios([(found[f"stretch {b}"], local[buckets == b].sum()) for b in stretches])))  # noqa: B905
+    ratios = _ratios([(found[f"stretch {b}"], local[buckets == b].sum()) for b in stretches])
+    by_stretch = dict(zip(stretches, ratios.tolist(), strict=True))
     weights = by_group[groups] * np.array([by_stretch[b] for b in buckets.tolist()]) * held
     total = float((weights * errors[:, number]).sum())
     if total <= 0 or found["all"] <= 0:

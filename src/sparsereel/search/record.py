@@ -46,9 +46,13 @@ class Study:
 
     @classmethod
     def of(
-        cls, settings: Settings, facts: ModelFacts, candidates: tuple[Method, ...], buckets: tuple[Bucket, ...],
+        cls,
+        settings: Settings,
+        facts: ModelFacts,
+        candidates: tuple[Method, ...],
+        buckets: tuple[Bucket, ...],
         folder: Path | None,
-    ) -> Study:  # fmt: skip
+    ) -> Study:
         """The study, in a sub-folder of its own: other settings never meet its files."""
         study = cls(settings, facts, candidates, buckets, None)
         return study if folder is None else cls(settings, facts, candidates, buckets, folder / study.identity())
@@ -112,9 +116,17 @@ class PromptRecorder:
         self._bucket_of = {s: i for i, bucket in enumerate(study.buckets) for s in bucket.sampled(STEPS_EACH)}
 
     def __call__(
-        self, component: str, layer: int, layout: Layout, step: StepInfo | None, q: Any, k: Any, v: Any,
-        lengths: Any, scale: float | None,
-    ) -> None:  # fmt: skip
+        self,
+        component: str,
+        layer: int,
+        layout: Layout,
+        step: StepInfo | None,
+        q: Any,
+        k: Any,
+        v: Any,
+        lengths: Any,
+        scale: float | None,
+    ) -> None:
         if step is None:
             raise ValueError("the denoising step is unknown here, so choices cannot be made step by step")
         self._on_step(step.index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from sparsereel.generation import Request
@@ -143,7 +144,7 @@ def cut_steps(total: int, dense_first: float, buckets: int) -> tuple[Bucket, ...
     bounds = [start + left * i // count for i in range(count + 1)]
     return tuple(
         Bucket(a, b, StepRange(f"{_share(a, total)}-{_share(b, total)}", _exact(a, total), _exact(b, total)))
-        for a, b in zip(bounds, bounds[1:], strict=False)
+        for a, b in pairwise(bounds)
     )
 
 
