@@ -190,11 +190,11 @@ def test_a_stage_ships_a_blend_of_its_average_and_its_start():
     trained = [parameter.detach().clone() for parameter in trainer.parameters]
     trainer.stage = replace(trainer.stage, blend=0.25)
     with trainer.use_result():
-        for now, first, average in zip(trainer.parameters, start, trainer.average.values, strict=True):
-            torch.testing.assert_close(now.detach(), 0.75 * first + 0.25 * average)
+        for after, first, average in zip(trainer.parameters, start, trainer.average.values, strict=True):
+            torch.testing.assert_close(after.detach(), 0.75 * first + 0.25 * average)
         assert torch.equal(trainer.worker.proj_out.weight, trainer.transformer.proj_out.weight.bfloat16())
     assert any(not torch.equal(first, last) for first, last in zip(start, trained, strict=True))
-    assert all(torch.equal(now, last) for now, last in zip(trainer.parameters, trained, strict=True))
+    assert all(torch.equal(after, last) for after, last in zip(trainer.parameters, trained, strict=True))
 
 
 def test_rate_curve():
