@@ -95,6 +95,8 @@ class ModelRuntime(OrderSource):
         self.attentions: list[torch.nn.Module] = []
         # The call in progress.
         self.layout: Layout | None = None
+        #: why the call in progress has no layout, where its family says so
+        self.no_layout = ""
         self.tile: Tile | None = None
         self.chosen: dict[SparseLayer, Choice | None] = {}
         #: whether the family can put tokens in tile order; set when its hooks are installed
@@ -123,7 +125,9 @@ class ModelRuntime(OrderSource):
     def before_forward(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook: note the grid of this call. Runs inside `torch.compile` too, so: shapes and ints only."""
         arguments = named(self.family.parameters, args, kwargs)
-        layout = self.family.layout(model, arguments)
+        found = self.family.layout(model, arguments)
+        self.no_layout = found if isinstance(found, str) else ""
+        layout = None if isinstance(found, str) else found
         self.layout = layout
         ordered = self.orders_tokens and layout is not None and not any(map(blurs_queries, self.attentions))
         self.tile = self._tile_for(layout) if ordered and layout is not None else None

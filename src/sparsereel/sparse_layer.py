@@ -6,7 +6,7 @@ import copy
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -107,10 +107,12 @@ class SparseLayer:
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
         """Attention of this layer; q, k, v (B, H, S, D)."""
+        if isinstance(call.attn_mask, torch.Tensor) and call.attn_mask.ndim == 4:
+            call = replace(call, attn_mask=self.runtime.family.key_mask(call.attn_mask))
         refuse = call.refuse or _refusal(q, k, call)
         layout = None if refuse else self.runtime.layer_layout(q.shape[2])
         if refuse is None and layout is None:
-            refuse = f"{q.shape[2]} tokens do not lie on the model's token grid"
+            refuse = self.runtime.no_layout or f"{q.shape[2]} tokens do not lie on the model's token grid"
         if torch.compiler.is_compiling():
             return self._attend_compiled(q, k, v, call, layout, refuse)
         if not self.runtime.profile:

@@ -8,13 +8,44 @@ from torch import nn
 
 from sparsereel.families.base import Family
 from sparsereel.families.cogvideox import CogVideoX
+from sparsereel.families.cross_attention_dits import Allegro, DiT, HunyuanDiT, Latte, PixArt
+from sparsereel.families.flux import Bria, Chroma, Flux, Flux2, LongCatImage, OvisImage
+from sparsereel.families.hunyuan_relatives import HunyuanImage, HunyuanVideo15, HunyuanVideoFramepack
 from sparsereel.families.hunyuan_video import HunyuanVideo
-from sparsereel.families.stable_diffusion import StableDiffusion
+from sparsereel.families.joint_images import AuraFlow, CogView3Plus, CogView4, StableDiffusion3
+from sparsereel.families.joint_videos import ConsisID, EasyAnimate, Kandinsky5, Mochi
+from sparsereel.families.ltx import LTXVideo
+from sparsereel.families.lumina import Lumina2, ZImage
+from sparsereel.families.qwen_image import QwenImage
+from sparsereel.families.refused import REFUSED
+from sparsereel.families.stable_diffusion import StableDiffusion, VideoUNet
 from sparsereel.families.wan import Wan
+from sparsereel.families.wan_like import AnyFlow, ChronoEdit, Cosmos, SkyReelsV2, WanAnimate
 
-__all__ = ["FAMILIES", "Family", "find", "models_of", "unwrap"]
+__all__ = ["FAMILIES", "REFUSED", "Family", "find", "models_of", "register", "unwrap"]
 
-FAMILIES: tuple[Family, ...] = (Wan(), HunyuanVideo(), CogVideoX(), StableDiffusion())
+#: video models, then image models; `register` adds to it
+FAMILIES: list[Family] = [
+    *(Wan(), HunyuanVideo(), CogVideoX(), LTXVideo(), SkyReelsV2(), HunyuanVideo15(), HunyuanVideoFramepack()),
+    *(WanAnimate(), ChronoEdit(), AnyFlow(), Cosmos(), Mochi(), Allegro(), Latte(), EasyAnimate(), ConsisID()),
+    *(Kandinsky5(), VideoUNet()),
+    *(Flux(), Flux2(), QwenImage(), ZImage(), Chroma(), StableDiffusion3(), StableDiffusion(), HunyuanImage()),
+    *(CogView4(), CogView3Plus(), Lumina2(), AuraFlow(), PixArt(), DiT(), HunyuanDiT()),
+    *(Bria(), LongCatImage(), OvisImage()),
+]
+
+
+def register(family: Family) -> None:
+    """Make a family of one's own known, before those that come with the package.
+
+    Raises:
+        ValueError: not an instance of a `Family`, or another family has that name.
+    """
+    if not isinstance(family, Family):
+        raise ValueError(f"register expects an instance of a Family, got {family!r}")
+    if any(known.name == family.name for known in FAMILIES):
+        raise ValueError(f"a family named {family.name!r} is registered already; give yours another name")
+    FAMILIES.insert(0, family)
 
 
 def unwrap(model: Any) -> Any:
@@ -54,8 +85,19 @@ def models_of(pipe_or_model: Any) -> dict[str, nn.Module]:
             sorted({type(unwrap(value)).__name__ for value in modules.values()})
         )
     if not found:
-        raise ValueError(f"no model of a known family in {given}; known models: {_known()}")
+        raise ValueError(
+            f"no model of a known family in {given}; {_refusals(pipe_or_model)}known models: {_known()}; "
+            "docs/new-family.md shows how to register a family of one's own"
+        )
     return found
+
+
+def _refusals(pipe_or_model: Any) -> str:
+    """Why known classes among what was given are refused; empty where there are none."""
+    components = getattr(pipe_or_model, "components", None)
+    given = components.values() if isinstance(components, dict) else [pipe_or_model]
+    names = {type(unwrap(value)).__name__ for value in given}
+    return "".join(f"{name} is refused: {REFUSED[name]}; " for name in sorted(names) if name in REFUSED)
 
 
 def _known() -> str:

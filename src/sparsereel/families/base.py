@@ -37,10 +37,12 @@ class Family(ABC):
         """Names and modules of all self-attention layers over the token grid, in forward order."""
 
     @abstractmethod
-    def layout(self, model: nn.Module, arguments: Mapping[str, Any]) -> Layout | None:
-        """The token layout of this call from the forward's arguments; None when they are not understood.
+    def layout(self, model: nn.Module, arguments: Mapping[str, Any]) -> Layout | str | None:
+        """The token layout of this call from the forward's arguments; None, or a sentence that says why not, when they
+        are not understood.
 
-        Runs inside `torch.compile`: shapes and config values only.
+        Runs inside `torch.compile`: shapes and config values only. What has to be read from a tensor's values is read
+        through `reading.read_once`, which answers None there.
         """
 
     #: names of the forward's leading positional parameters, so that `layout` can look arguments up by name
@@ -49,6 +51,13 @@ class Family(ABC):
     def layer_layout(self, layout: Layout, length: int) -> Layout | None:
         """The layout of a layer whose sequence has `length` tokens; None when the layer is not on the grid."""
         return layout if layout_length(layout) == length else None
+
+    def key_mask(self, mask: torch.Tensor) -> torch.Tensor:
+        """The key-padding mask (B, 1, 1, keys) behind what this family's processors hand to attention.
+
+        Some build a mask a query from one mask a key; unless a family knows that, masks are taken as they come.
+        """
+        return mask
 
     def install_order(self, model: nn.Module, runtime: OrderSource) -> list[Any]:
         """Hooks that put tokens in tile order once per forward; returns handles with `.remove()`.
@@ -77,6 +86,27 @@ def layout_length(layout: Layout) -> int:
         kind, a, b, c = layout[start : start + 4]
         total += a * b * c if kind < 2 else a
     return total
+
+
+def grid_alone(layout: Layout) -> Layout:
+    """The part of a layout that lies on a grid; for layers over the picture without its text."""
+    for start in range(0, len(layout), 4):
+        if layout[start] < 2:
+            return layout[start : start + 4]
+    return ()
+
+
+def with_text_of(layout: Layout, length: int) -> Layout | None:
+    """`layout`, whose last segment is text, with as much of that text as fills `length` tokens; None beyond its size.
+
+    For models that leave padded text out of the sequence.
+    """
+    if layout_length(layout) == length:
+        return layout
+    if layout[-4] != 2:
+        return None
+    rest = length - layout_length(layout[:-4])
+    return layout[:-4] + ((2, rest, 0, 0) if rest else ()) if 0 <= rest <= layout[-3] else None
 
 
 def named(parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

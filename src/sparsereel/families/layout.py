@@ -32,6 +32,11 @@ def text(length: int) -> Layout:
     return (2, length, 0, 0) if length else ()
 
 
+def condition(length: int) -> Layout:
+    """Tokens that see and are seen by everything: reference images, history, padding; nothing when there are none."""
+    return (3, length, 0, 0) if length else ()
+
+
 @lru_cache(maxsize=256)
 def decode(layout: Layout) -> TokenGrid:
     """The grid that a layout stands for.

@@ -1,4 +1,4 @@
-"""Stable Diffusion U-Nets: 2-D self-attention at several resolutions, so the grid is found a layer.
+"""U-Nets of Stable Diffusion and of video models made from it: 2-D self-attention, a grid for each level.
 
 A U-Net halves the latent side rounding up, so a layer with S tokens belongs to the one level whose sides multiply to S.
 """
@@ -6,7 +6,7 @@ A U-Net halves the latent side rounding up, so a layer with S tokens belongs to 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -17,7 +17,7 @@ from sparsereel.families.layout import Layout, image
 class StableDiffusion(Family):
     name = "stable_diffusion"
     covers = "Stable Diffusion 1.5, 2, XL: 2-D self-attention, a grid a level"
-    classes = ("UNet2DConditionModel",)
+    classes: ClassVar[tuple[str, ...]] = ("UNet2DConditionModel",)
     seam = "sdpa"
     processors = frozenset({"AttnProcessor2_0", "FusedAttnProcessor2_0"})
     component = "unet"
@@ -42,3 +42,21 @@ class StableDiffusion(Family):
                 return image(height, width)
             height, width = (height + 1) // 2, (width + 1) // 2
         return None
+
+
+class VideoUNet(StableDiffusion):
+    """Frames go through the 2-D attention one by one; attention over frames, one token a place, stays as it was."""
+
+    name = "video_unet"
+    covers = "AnimateDiff, Stable Video Diffusion, ModelScope / Zeroscope, I2VGen-XL: attention within frames"
+    classes = ("UNetMotionModel", "UNetSpatioTemporalConditionModel", "UNet3DConditionModel", "I2VGenXLUNet")
+
+    def self_attention(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        layers = super().self_attention(model)
+        return [item for item in layers if ".attentions." in item[0] and ".transformer_blocks." in item[0]]
+
+    def layout(self, model: nn.Module, arguments: Mapping[str, Any]) -> Layout | None:
+        sample = arguments.get("sample")
+        if sample is None or sample.ndim != 5:
+            return None
+        return image(sample.shape[3], sample.shape[4])
