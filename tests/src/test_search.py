@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,8 @@ def test_the_front_runs_from_dense_to_the_cheapest(searched):
     assert front[0].error == 0
     # One dense step of four; everything else skipped.
     assert front[-1].density == pytest.approx(0.25)
-    assert all(a.error <= b.error for a, b in zip(front, front[1:], strict=False))
-    assert all(a.seconds >= b.seconds - 1e-9 for a, b in zip(front, front[1:], strict=False))
+    assert all(a.error <= b.error for a, b in pairwise(front))
+    assert all(a.seconds >= b.seconds - 1e-9 for a, b in pairwise(front))
 
 
 def test_the_plan_says_where_it_comes_from(searched):

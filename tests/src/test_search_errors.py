@@ -130,7 +130,7 @@ def test_queries_are_spread_and_the_same_every_time():
 
 
 def planted() -> AttentionCall:
-    """Heads made to look at their own frame, at their own place, at the first frame, at anything; one without output."""
+    """Heads that look at their own frame, their own place, the first frame, anything; one without output."""
     tokens = Tokens.of(GRID)
     frame = torch.nn.functional.one_hot(tokens.t, 36).float()
     place = torch.nn.functional.one_hot(tokens.place, 36).float()
