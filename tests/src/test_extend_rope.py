@@ -104,10 +104,13 @@ def test_riflex_changes_one_frequency_so_that_the_clip_stays_within_one_turn():
     assert not torch.equal(policy.frequencies(dim, base, trained, 51), plain)
 
 
-def test_riflex_without_a_hint_takes_the_period_nearest_to_the_trained_length():
+def test_riflex_without_a_hint_takes_the_shortest_period_that_holds_the_trained_length():
     assert periods(16, 1e4) == [6, 20, 63, 199, 628, 1987, 6283, 19869]
-    assert RIFLEx().intrinsic(16, 1e4, 9) == (1, 6)
-    assert RIFLEx().intrinsic(16, 1e4, 33) == (2, 20)
+    assert RIFLEx().intrinsic(16, 1e4, 6) == (1, 6)
+    assert RIFLEx().intrinsic(*COG_TIME) == (2, 20)
+    assert RIFLEx().intrinsic(*HUNYUAN_TIME) == (4, 50)
+    # Longer than every period: the longest.
+    assert RIFLEx().intrinsic(4, 100.0, 500) == (2, 63)
     # Wan's is known.
     assert known(RIFLEx(), 44) == RIFLEx(component=6)
     assert known(RIFLEx(loop=22), 44) == RIFLEx(loop=22)

@@ -33,6 +33,8 @@ def extend(
 ) -> None:
     """A longer or larger clip without training: an mp4, a PNG contact sheet and a JSON sidecar."""
     sizes = {name: _size(name, given) for name, given in (("frames", frames), ("height", height), ("width", width))}
+    if not any(sizes.values()):
+        raise ValueError("extend needs --frames, --height or --width, such as --frames 2x")
     if dry_run:
         found = _forecast(model, sizes, method, plan, steps, guidance, dtype, device)
         _print(found)

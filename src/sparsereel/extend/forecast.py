@@ -157,7 +157,7 @@ def _on_meta(folder: Path, entry: list[Any]) -> nn.Module | None:
     if not (isinstance(cls, type) and issubclass(cls, nn.Module) and file.is_file()):
         return None
     with torch.device("meta"):
-        return cls.from_config(json.loads(file.read_text(encoding="utf-8")))  # type: ignore[attr-defined,no-any-return]
+        return cls.from_config(json.loads(file.read_text(encoding="utf-8")))  # type: ignore[attr-defined]
 
 
 def _product(sizes: tuple[int, int, int]) -> int:
@@ -183,8 +183,8 @@ def _weights(folder: Path, models: dict[str, nn.Module], dtype: torch.dtype) -> 
 
 def _activations(model: nn.Module, tokens: int, dtype: torch.dtype) -> float:
     """Bytes that a block holds at once: the stream, its norm in fp32, and q, k, v and output, or the widest MLP."""
-    attention = by_suffix(model, [".attn1", ".attn"])[0][1]
-    width = attention.to_q.out_features  # type: ignore[union-attr]
-    inner = max(m.out_features for n, m in model.named_modules() if isinstance(m, nn.Linear) and "blocks." in n)
+    attention: Any = by_suffix(model, [".attn1", ".attn"])[0][1]
+    width = int(attention.to_q.out_features)
+    inner = max(int(m.out_features) for n, m in model.named_modules() if isinstance(m, nn.Linear) and "blocks." in n)
     stream = width * (dtype.itemsize + 4)
-    return float(tokens) * (stream + dtype.itemsize * max(4 * width, 2 * int(inner)))  # type: ignore[arg-type]
+    return float(tokens) * (stream + dtype.itemsize * max(4 * width, 2 * inner))

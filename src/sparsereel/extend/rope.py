@@ -116,8 +116,10 @@ class RIFLEx(RopePolicy):
     changes nothing.
 
     Args:
-        component: k, counted from 1 as in the paper; None = the one whose period is nearest to `loop`.
-        loop: latent frames after which repetition was seen; None = the trained length.
+        component: k, counted from 1 as in the paper; None = by `loop`.
+        loop: latent frames after which repetition was seen: the component whose period is nearest. None = nobody
+            looked: the shortest period that is not shorter than the trained length, within which nothing repeats. For
+            HunyuanVideo and CogVideoX that is the published component.
         margin: share of a turn that the clip spans; below 1 so that its end does not meet its beginning.
 
     Raises:
@@ -148,9 +150,12 @@ class RIFLEx(RopePolicy):
             if self.component > len(found):
                 raise ValueError(f"RIFLEx component {self.component} does not exist: the axis has {len(found)}")
             return self.component, found[self.component - 1]
-        goal = self.loop or trained
-        nearest = min(range(len(found)), key=lambda j: abs(found[j] - goal))
-        return nearest + 1, found[nearest]
+        if self.loop is None:
+            number = next((j for j, period in enumerate(found) if period >= trained), len(found) - 1)
+        else:
+            loop = self.loop
+            number = min(range(len(found)), key=lambda j: abs(found[j] - loop))
+        return number + 1, found[number]
 
     def _changed(self, theta: Tensor, dim: int, base: float, trained: int, length: int) -> Tensor:
         number, period = self.intrinsic(dim, base, trained)
