@@ -20,6 +20,7 @@ from sparsereel.search.candidates import default_grid, resolve
 from sparsereel.search.costs import Item
 from sparsereel.search.emit import numbers, plan_of
 from sparsereel.search.forecast import Anchor, Forecast
+from sparsereel.search.reach import probes_of, weights_of
 from sparsereel.search.record import Study
 from sparsereel.search.settings import Settings, Target, cut_steps
 from sparsereel.search.transfer import difference
@@ -171,6 +172,29 @@ def test_recordings_of_other_settings_are_not_taken_up():
     assert one.identity() != replace(one, facts=replace(one.facts, fingerprint="y")).identity()
     # Targets and held-out prompts do not change what is recorded.
     assert one.identity() == replace(one, settings=replace(one.settings, target=Target("target_psnr", 30))).identity()
+
+
+def test_weights_are_what_reached_the_output_for_what_was_put_in():
+    searched = study(layers=2, heads=2)
+    items = [Item("transformer", n, head, b) for n in range(2) for b in range(3) for head in range(2)]
+    errors = np.zeros((len(items), len(CANDIDATES)))
+    errors[:, 2] = 0.1
+    # The second layer reaches the output three times as far, the first stretch five times as far as the others.
+    found = {"layers 0": 0.1, "layers 1": 0.3, "stretch 0": 0.5, "stretch 1": 0.1, "stretch 2": 0.1, "all": 0.7}
+    weights = weights_of(searched, items, errors, 2, found)
+    assert (weights * errors[:, 2]).sum() == pytest.approx(0.7)
+    table = weights.reshape(2, 3, 2)
+    assert table[1] == pytest.approx(3 * table[0])
+    assert table[:, 0] == pytest.approx(5 * table[:, 1])
+    # A run without visible effect leaves a small weight, never none.
+    blind = weights_of(searched, items, errors, 2, {**found, "layers 0": 0.0})
+    assert (blind > 0).all()
+    assert {probe.name for probe in probes_of(items)} == set(found)
+
+
+def test_a_model_alone_cannot_be_searched(tiny):
+    with pytest.raises(ValueError, match="needs a pipeline, got the model WanTransformer3DModel alone"):
+        sparsereel.search(tiny.CASES["wan"].model(), ["a", "b", "c"], budget=0.5)
 
 
 def test_forecasts_follow_what_was_measured():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import nn
 
 from sparsereel.families import models_of
 from sparsereel.families.layout import decode
@@ -132,6 +133,8 @@ def run_search(
 ) -> SearchResult:
     """See `sparsereel.search`."""
     models_of(pipe)
+    if isinstance(pipe, nn.Module):
+        raise ValueError(f"a search generates clips, so it needs a pipeline, got the model {type(pipe).__name__} alone")
     with silenced(pipe), bar(show) as shown:
         facts = look(pipe, settings.request(0), settings.backend)
         grid = max((decode(layer.layout) for layer in facts.layers.values()), key=lambda grid: grid.seq_len)
