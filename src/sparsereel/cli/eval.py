@@ -72,3 +72,155 @@ def _print_compared(result: Any) -> None:
 
 def _interval(pair: list[float] | None) -> str:
     return "-" if pair is None else f"{pair[0]:.4g} .. {pair[1]:.4g}"
+
+
+Features = Annotated[str, typer.Option(help="judge, or torchvision:NAME with --weights.")]
+Weights = Annotated[Path | None, typer.Option(help="Safetensors file of the network.")]
+Frames = Annotated[int | None, typer.Option(min=1, help="Frames taken from each clip.")]
+Cache = Annotated[Path | None, typer.Option(help="Folder in which features are kept for the next time.")]
+Seed = Annotated[int, typer.Option(help="Of random subsets.")]
+Set = Annotated[Path, typer.Argument(help="Folder of clips or pictures, or a file of stored features.")]
+Force = Annotated[bool, typer.Option("--force", help="Compute from far too few samples all the same.")]
+
+
+@app.command()
+def fid(
+    a: Set,
+    b: Set,
+    features: Features = "judge",
+    weights: Weights = None,
+    frames: Frames = None,
+    cache: Cache = None,
+    force: Force = False,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Frechet distance between the pictures of two sets of clips."""
+    _distance("fid", a, b, json, features, weights, frames, cache, force=force, seed=seed)
+
+
+@app.command()
+def kid(
+    a: Set,
+    b: Set,
+    features: Features = "judge",
+    weights: Weights = None,
+    frames: Frames = None,
+    cache: Cache = None,
+    subset_size: Annotated[int | None, typer.Option(min=2, help="Samples a subset.")] = None,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Kernel distance between the pictures of two sets of clips; unbiased, also for few clips."""
+    _distance("kid", a, b, json, features, weights, frames, cache, subset_size=subset_size, seed=seed)
+
+
+@app.command()
+def fvd(
+    a: Set,
+    b: Set,
+    features: Features = "judge",
+    weights: Weights = None,
+    frames: Frames = None,
+    cache: Cache = None,
+    force: Force = False,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Frechet distance between two sets of clips, in features of whole clips."""
+    _distance("fvd", a, b, json, features, weights, frames, cache, force=force, seed=seed)
+
+
+def _distance(metric: str, a: Path, b: Path, json: str | None, *settings: Any, **more: Any) -> None:
+    from sparsereel.evaluate.distances import Settings, distance
+
+    result = distance(metric, a, b, Settings(*settings, **more), console.say)
+    samples = " and ".join(map(str, result["samples"]))
+    console.say(f"{metric} {result['value']:.6g}   ({result['features']}, {samples} samples)")
+    if metric == "kid":
+        console.say(f"deviation over {result['subsets']} subsets of {result['subset_size']}: {result['std']:.3g}")
+    elif result["extrapolated"] is not None:
+        console.say(f"extrapolated to infinitely many samples: {result['extrapolated']:.6g}")
+    for warning in result["warnings"]:
+        console.say(f"warning: {warning}")
+    console.emit_json(json, {**result, "a": str(a), "b": str(b)})
+
+
+vbench = typer.Typer(help="VBench: totals from its result files, and what can be measured here.", no_args_is_help=True)
+app.add_typer(vbench, name="vbench")
+
+
+@vbench.command("score")
+def vbench_score(
+    files: Annotated[list[Path], typer.Argument(help="The official program's *_eval_results.json files.")],
+    json: Json = None,
+) -> None:
+    """Quality, Semantic and Total from raw scores; Total only when all 16 dimensions are there."""
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from sparsereel_eval.vbench.scores import read_results, score
+
+    found = score(read_results(files))
+    table = Table("dimension", "raw", "normalised", box=None, pad_edge=False)
+    for name, raw in found.raw.items():
+        table.add_row(name, f"{raw:.4f}", f"{100 * found.normalised[name]:.2f}")
+    console.people.print(table)
+    for name, value in (("Quality", found.quality), ("Semantic", found.semantic), ("Total", found.total)):
+        console.say(f"{name} {100 * value:.2f}" if value is not None else f"no {name}: {_lacking(name, found.missing)}")
+    console.emit_json(json, asdict(found))
+
+
+def _lacking(name: str, missing: tuple[str, ...]) -> str:
+    from sparsereel_eval.vbench.names import DIMENSIONS
+
+    group = name.lower()
+    members = [key for key, about in DIMENSIONS.items() if group in (about.group, "total")]
+    lacking = [key for key in missing if key in members]
+    return f"{len(lacking)} of {len(members)} dimensions are missing ({', '.join(lacking)})"
+
+
+@vbench.command("measure")
+def vbench_measure(
+    clips: Annotated[Path, typer.Argument(help="A clip or a folder of clips of any prompts.")],
+    dimensions: Annotated[list[str] | None, typer.Option("--dimension", help="May be given several times.")] = None,
+    json: Json = None,
+) -> None:
+    """Dimensions that need no weights, on any clips; the others say which weights the official program needs."""
+    from sparsereel.evaluate.vbench import measure
+
+    result = measure(clips, dimensions, console.say)
+    for name, row in result["vbench_like"].items():
+        console.say(f"{name} {row['mean']:.4f}   interval {_interval(row['interval'])}   ({row['n']} clips)")
+    console.emit_json(json, result)
+
+
+@app.command("run")
+def run_command(
+    config: Annotated[Path, typer.Argument(help="YAML: prompts, seeds, plans, sizes; see docs/evaluation.md.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for clips, result.json and report.html.")],
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of a pipeline, over the file's.")] = None,
+    update: Annotated[bool, typer.Option("--update", help="Redo what a changed configuration changes.")] = False,
+    json: Json = None,
+) -> None:
+    """A whole study: generate dense and with every plan, measure, write one JSON and one HTML report."""
+    from dataclasses import replace
+
+    from sparsereel.evaluate.config import load_config
+    from sparsereel.evaluate.study import run_study
+
+    settings = load_config(config)
+    if model is not None:
+        settings = replace(settings, model=model)
+    result = run_study(settings, output, update=update, say=console.say)
+    for name, row in result["summary"].items():
+        psnr = row["figures"]["psnr"]
+        fidelity = f"PSNR {psnr['mean']:.2f} dB ({_interval(psnr['interval'])})"
+        console.say(f"{name}: {row['speedup']:.2f}x, density {row['density']:.3f}, {fidelity}")
+    console.say(f"wrote {output / 'result.json'}, {output / 'report.html'}")
+    console.emit_json(json, result)
+    for sentence in result["missed"]:
+        console.say(sentence)
+    if result["missed"]:
+        raise typer.Exit(console.MISSED)

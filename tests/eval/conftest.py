@@ -1,0 +1,14 @@
+"""One thread for the tests of metrics: their operations are small, and threads that wait for each other cost more."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
