@@ -13,7 +13,6 @@ sound, seconds of a clip, and for searched plans the seconds and PSNR predicted 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 
 import sparsereel
 from sparsereel import AttentionPlan, TokenGrid, minireel, presets
+from sparsereel.files import write_json
 from sparsereel.generation import Clip, Request, environment, generate
 from sparsereel.inspection import architecture_of, inspect_plan
 from sparsereel.minireel.scorecard import prompts_for
@@ -85,8 +85,8 @@ def scored(dense: list[Clip], clips: list[Clip], prompts: list[str]) -> dict[str
     }
 
 
-def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All figures; the table is printed row by row."""
+def compare(arguments: argparse.Namespace) -> None:
+    """Print the table and write the file, row by row: what was measured survives an interruption."""
     pipe = minireel.load()
     pipe.set_progress_bar_config(disable=True)
     prompts = prompts_for(minireel.NATIVE, arguments.prompts, 0.0)
@@ -97,10 +97,25 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     requests = [Request(text, seed=first + n, **size) for n, text in enumerate(held_out)]
     grid = TokenGrid((size["frames"] - 1) // 4 + 1, size["height"] // 8, size["width"] // 8)
     dense = [generate(pipe, request) for request in requests]
-    print(f"{held_out}: dense {statistics.mean(c.seconds for c in dense):.1f} s a clip, grid {grid}")
+    print(f"{held_out}: dense {statistics.mean(c.seconds for c in dense):.1f} s a clip, grid {grid}", flush=True)
     header = ("budget", "contender", "density", "PSNR", "SSIM", "sound", "seconds", "predicted s", "predicted dB")
     print("{:>6}  {:24}{:>8}{:>8}{:>8}{:>7}{:>9}{:>13}{:>14}".format(*header))
-    rows = []
+    rows: list[dict[str, Any]] = []
+    facts = {
+        "environment": environment(),
+        "size": size,
+        "prompts": prompts,
+        "held_out": held_out,
+        "dense_seconds": [clip.seconds for clip in dense],
+        "rows": rows,
+    }
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        _print(row)
+        if arguments.json:
+            write_json(arguments.json, facts)
+
     for budget in arguments.budgets:
         found = sparsereel.search(
             pipe,
@@ -113,23 +128,13 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         )
         predicted = {"predicted_seconds": found.predicted.seconds, "predicted_psnr": found.predicted.psnr}
         measured = {k: v for k, v in found.measured.items() if k in ("density", "psnr", "ssim", "sound", "seconds")}
-        rows.append({"budget": budget, "contender": "searched", **measured, **predicted})
-        _print(rows[-1])
+        add({"budget": budget, "contender": "searched", **measured, **predicted})
         for name, plan in rivals().items():
             equal = at_budget(plan, density_of(name, plan, grid), budget, size["steps"])
             if equal is None:
                 continue
             clips = [generate(pipe, request, equal) for request in requests]
-            rows.append({"budget": budget, "contender": name, **scored(dense, clips, held_out)})
-            _print(rows[-1])
-    return {
-        "environment": environment(),
-        "size": size,
-        "prompts": prompts,
-        "held_out": held_out,
-        "dense_seconds": [clip.seconds for clip in dense],
-        "rows": rows,
-    }
+            add({"budget": budget, "contender": name, **scored(dense, clips, held_out)})
 
 
 def _print(row: dict[str, Any]) -> None:
@@ -163,9 +168,7 @@ def main() -> None:
     print(f"{environment()['machine']}, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as temporary:
         arguments.folder = arguments.folder or Path(temporary)
-        result = compare(arguments)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        compare(arguments)
 
 
 if __name__ == "__main__":

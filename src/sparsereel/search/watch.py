@@ -123,11 +123,12 @@ def look(pipe: Any, request: Request, backend: str) -> ModelFacts:
 
 def _add_twins(layers: dict[tuple[str, int], LayerFacts], models: dict[str, torch.nn.Module]) -> None:
     """A second transformer, for later steps, has not run yet: it is like the first where class and layers are."""
-    (first,) = {component for component, _ in layers}
+    seen = {component for component, _ in layers}
+    first = next(iter(layers))[0]
     for component, model in models.items():
         alike = type(model) is type(models[first]) and len(_layer_names(model)) == len(_layer_names(models[first]))
-        if component != first and alike:
-            layers |= {(component, index): facts for (_, index), facts in list(layers.items())}
+        if component not in seen and alike:
+            layers |= {(component, n): facts for (name, n), facts in list(layers.items()) if name == first}
 
 
 def _layer_names(model: torch.nn.Module) -> list[str]:
