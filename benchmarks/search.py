@@ -27,9 +27,10 @@ from sparsereel.generation import Clip, Request, environment, generate
 from sparsereel.inspection import architecture_of, inspect_plan
 from sparsereel.minireel.scorecard import prompts_for
 from sparsereel.patterns import Neighborhood, Radial, Sink, Spatial, Temporal
+from sparsereel.plan_entries import Method
 from sparsereel.selectors import BlockTopk
 
-SINGLES = {
+SINGLES: dict[str, Method] = {
     "radial 0.2": Radial(0.2),
     "spatial 1": Spatial(1),
     "temporal 0.2 + sink": Temporal(0.2) | Sink(1),
