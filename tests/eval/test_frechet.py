@@ -96,7 +96,10 @@ def test_constant_features():
 
 
 def test_kid_of_one_distribution_is_near_zero():
-    splits = [kid(sample(80, seed=2 * i, scale=0.3), sample(80, seed=2 * i + 1, scale=0.3), subsets=20).full for i in range(30)]
+    splits = [
+        kid(sample(80, seed=2 * i, scale=0.3), sample(80, seed=2 * i + 1, scale=0.3), subsets=20).full
+        for i in range(30)
+    ]
     far = kid(sample(80, scale=0.3), sample(80, seed=1, shift=1.0, scale=0.3), subsets=20).full
     assert abs(np.mean(splits)) < 3 * np.std(splits) / 30**0.5
     assert far > 5 * np.std(splits)

@@ -133,8 +133,12 @@ def fvd(
 
 def _distance(metric: str, a: Path, b: Path, json: str | None, *settings: Any, **more: Any) -> None:
     from sparsereel.evaluate.distances import Settings, distance
+    from sparsereel_eval.lpips import MissingWeights
 
-    result = distance(metric, a, b, Settings(*settings, **more), console.say)
+    try:
+        result = distance(metric, a, b, Settings(*settings, **more), console.say)
+    except MissingWeights as error:
+        raise typer.Exit(console.complain(str(error), console.MISSING)) from error
     samples = " and ".join(map(str, result["samples"]))
     console.say(f"{metric} {result['value']:.6g}   ({result['features']}, {samples} samples)")
     if metric == "kid":
@@ -224,3 +228,27 @@ def run_command(
         console.say(sentence)
     if result["missed"]:
         raise typer.Exit(console.MISSED)
+
+
+@app.command()
+def clip(
+    clips: Annotated[Path, typer.Argument(help="A clip or a folder of clips.")],
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a clip in the clips' order.")] = None,
+    model: Annotated[str, typer.Option(help="open_clip's name of the model.")] = "ViT-B-32-quickgelu",
+    weights: Weights = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames taken from each clip.")] = 8,
+    json: Json = None,
+) -> None:
+    """How well clips match their prompts: mean CLIP cosine of text and frames."""
+    from sparsereel.evaluate.text import score_clips
+    from sparsereel_eval.lpips import MissingWeights
+
+    try:
+        result = score_clips(clips, prompts, model, weights, frames)
+    except MissingWeights as error:
+        raise typer.Exit(console.complain(str(error), console.MISSING)) from error
+    for name in ("text", "steadiness"):
+        row = result[name]
+        if row is not None:
+            console.say(f"{name} {row['mean']:.4f}   interval {_interval(row['interval'])}   ({row['n']} clips)")
+    console.emit_json(json, result)

@@ -1,0 +1,225 @@
+"""A study: every prompt and seed dense and with every plan, measured against dense; resumable clip by clip.
+
+Each clip is a safetensors file (fp16, so neither a codec nor rounding to 8 bits enters the figures) with a JSON beside
+it that says what it is. A clip whose JSON says the same is kept. A folder that holds another study is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsereel.evaluate.config import DENSE, StudyConfig
+from sparsereel.files import replacing, write_json
+from sparsereel.generation import Request, environment, generate, load_pipeline, request_data
+from sparsereel.plan import AttentionPlan
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One clip of a study: which prompt, seed and plan, and where it lies."""
+
+    number: int
+    prompt: str
+    seed: int
+    plan: str
+    path: Path
+    identity: dict[str, Any]
+
+    @property
+    def sidecar(self) -> Path:
+        return self.path.with_suffix(".json")
+
+    def done(self) -> dict[str, Any] | None:
+        """The sidecar, if the clip is there and is this one."""
+        try:
+            found = json.loads(self.sidecar.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if self.path.is_file() and found.get("identity") == json.loads(json.dumps(self.identity)) else None
+
+
+def run_study(config: StudyConfig, output: Path, *, update: bool = False, say: Say = lambda text: None) -> dict:
+    """Generate what is missing, measure everything, write `result.json` and `report.html`; returns the result.
+
+    Args:
+        update: Accept a folder made with another configuration; clips that are still the same are kept.
+
+    Raises:
+        ValueError: the folder holds another study, or what the pipeline, plans or metrics refuse.
+    """
+    from sparsereel.evaluate.html import write_report
+    from sparsereel.presets import resolve_plan
+
+    plans: dict[str, AttentionPlan | None] = {DENSE: None}
+    plans |= {name: resolve_plan(source) for name, source in config.plans.items()}
+    _claim(output, config, plans, update)
+    cells = list_cells(config, output, plans)
+    sidecars = _generate(config, cells, plans, say)
+    result = measure_study(config, cells, sidecars, say)
+    result["plans"] = {name: plan.to_dict() for name, plan in plans.items() if plan is not None}
+    write_json(output / "result.json", result)
+    write_report(output / "report.html", result, {cell.path.stem: cell.path for cell in cells})
+    return result
+
+
+def _claim(output: Path, config: StudyConfig, plans: dict[str, AttentionPlan | None], update: bool) -> None:
+    """Mark the folder as this study's."""
+    ours = json.loads(json.dumps({**asdict(config), "plan_contents": {k: v and v.to_dict() for k, v in plans.items()}}))
+    mark = output / "study.json"
+    if mark.is_file() and not update:
+        try:
+            theirs = json.loads(mark.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{mark} is damaged ({error}); give another folder, or --update") from error
+        # What only decides how results are shown may change freely.
+        differ = [k for k in ours if k not in ("name", "thresholds", "lpips") and ours[k] != theirs.get(k)]
+        if differ:
+            raise ValueError(
+                f"{output} holds a study with other {', '.join(differ)}; give another folder, or --update to redo "
+                "what has changed"
+            )
+    write_json(mark, ours)
+
+
+def list_cells(config: StudyConfig, output: Path, plans: dict[str, AttentionPlan | None]) -> list[Cell]:
+    """All clips, dense next to its plans, so that drift of the machine meets all alike. Prompts name no files."""
+    cells = []
+    settings = {"model": config.model, "dtype": config.dtype, "backend": config.backend, "device": config.device}
+    for number, prompt in enumerate(config.prompts):
+        for seed in config.seeds:
+            for index, (name, plan) in enumerate(plans.items()):
+                request = _request(config, prompt, seed)
+                contents = None if plan is None else plan.to_dict()
+                identity = {"request": request_data(request), "plan_contents": contents, **settings}
+                path = output / "clips" / f"{number:04d}-{seed}-{index}.safetensors"
+                cells.append(Cell(number, prompt, seed, name, path, identity))
+    return cells
+
+
+def _request(config: StudyConfig, prompt: str, seed: int) -> Request:
+    names = ("steps", "guidance", "frames", "height", "width", "negative_prompt")
+    return Request(prompt, seed, **{name: getattr(config, name) for name in names})
+
+
+def _generate(
+    config: StudyConfig, cells: Sequence[Cell], plans: dict[str, AttentionPlan | None], say: Say
+) -> list[dict[str, Any]]:
+    import torch
+    from safetensors.torch import save_file
+
+    found = [cell.done() for cell in cells]
+    pending = sum(done is None for done in found)
+    if pending < len(cells):
+        say(f"{len(cells) - pending} of {len(cells)} clips are there already and are kept")
+    pipe = load_pipeline(config.model, config.dtype, config.device) if pending else None
+    seen: set[str] = set()
+    results = []
+    for place, (cell, done) in enumerate(zip(cells, found, strict=True), start=1):
+        if done is None:
+            if hasattr(pipe, "set_progress_bar_config"):
+                pipe.set_progress_bar_config(desc=cell.plan)
+            say(f"clip {place} of {len(cells)}: {cell.plan}, seed {cell.seed}, {cell.prompt}")
+            clip = generate(pipe, _request(config, cell.prompt, cell.seed), plans[cell.plan], backend=config.backend)
+            with replacing(cell.path) as temporary:
+                save_file({"video": torch.tensor(clip.exact).half().contiguous()}, temporary)
+            done = {
+                "identity": json.loads(json.dumps(cell.identity)),
+                "seconds": clip.seconds,
+                # The first clip of a plan also builds kernels and masks: its time is shown but not counted.
+                "warm": cell.plan in seen,
+                **{kind: getattr(clip.report, kind, None) or 1.0 for kind in ("density", "token_density")},
+                "environment": environment(),
+            }
+            # Last: a sidecar means that the clip is complete.
+            write_json(cell.sidecar, done)
+            seen.add(cell.plan)
+        results.append(done)
+    return results
+
+
+def measure_study(
+    config: StudyConfig, cells: Sequence[Cell], sidecars: Sequence[dict[str, Any]], say: Say = lambda text: None
+) -> dict[str, Any]:
+    """Figures of every clip against its dense one, and their summaries a plan."""
+    from sparsereel.evaluate.comparison import load_measure
+    from sparsereel_eval.paired import compare_clips, missed
+
+    lpips = load_measure(config.lpips, None, download=False, say=say)
+    dense = {(c.number, c.seed): (c, s) for c, s in zip(cells, sidecars, strict=True) if c.plan == DENSE}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in config.plans}
+    compared: dict[str, list[Any]] = {name: [] for name in config.plans}
+    for cell, sidecar in zip(cells, sidecars, strict=True):
+        if cell.plan == DENSE:
+            continue
+        base, base_sidecar = dense[cell.number, cell.seed]
+        pair = compare_clips(base.path, cell.path, lpips=lpips)
+        compared[cell.plan].append(pair)
+        about = {"prompt": cell.prompt, "seed": cell.seed, "clip": cell.path.stem, "dense_clip": base.path.stem}
+        times = {"seconds": sidecar["seconds"], "dense_seconds": base_sidecar["seconds"]}
+        warm = sidecar["warm"] and base_sidecar["warm"]
+        shares = {kind: sidecar[kind] for kind in ("density", "token_density")}
+        extra = {**shares, "warm": warm, "values": pair.values, "missing": pair.missing}
+        runs[cell.plan].append({**about, **times, **extra, "per_frame": pair.per_frame})
+    summary = {name: _summary(runs[name], compared[name]) for name in config.plans}
+    sentences = [f"{n}: {s}" for n, row in summary.items() for s in missed(row["figures"], config.thresholds)]
+    _mark_front(summary)
+    return {
+        "config": json.loads(json.dumps(asdict(config))),
+        "environment": environment(),
+        "summary": summary,
+        "between": _between(config, compared),
+        "runs": runs,
+        "missed": sentences,
+    }
+
+
+def _summary(runs: list[dict[str, Any]], compared: list[Any]) -> dict[str, Any]:
+    import numpy as np
+
+    from sparsereel_eval.intervals import summarise
+    from sparsereel_eval.paired import aggregate
+
+    timed = [run for run in runs if run["warm"]] or runs
+    # Ratios: averaged and resampled as logarithms, prompt by prompt.
+    logs = summarise(
+        [float(np.log(run["dense_seconds"] / run["seconds"])) for run in timed], [run["prompt"] for run in timed]
+    )
+    interval = None if logs["interval"] is None else [float(np.exp(end)) for end in logs["interval"]]
+    return {
+        "clips": len(runs),
+        "density": float(np.mean([run["density"] for run in runs])),
+        "token_density": float(np.mean([run["token_density"] for run in runs])),
+        "speedup": float(np.exp(logs["mean"])),
+        "speedup_interval": interval,
+        "speedup_clips": len(timed),
+        "speedup_is_warm": all(run["warm"] for run in timed),
+        "figures": aggregate(compared, [run["prompt"] for run in runs]),
+    }
+
+
+def _mark_front(summary: dict[str, dict[str, Any]]) -> None:
+    """Which plans no other beats in both speed and PSNR."""
+    points = {name: (row["speedup"], row["figures"]["psnr"]["mean"]) for name, row in summary.items()}
+    for name, (speed, psnr) in points.items():
+        better = [n for n, (s, p) in points.items() if s >= speed and p >= psnr and (s, p) != (speed, psnr)]
+        summary[name]["on_front"] = not better
+
+
+def _between(config: StudyConfig, compared: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """PSNR of every two plans, paired by prompt (seeds averaged): mean difference, interval, p of Wilcoxon's test."""
+    from sparsereel_eval.intervals import group_means, summarise, wilcoxon
+
+    groups = [prompt for prompt in config.prompts for _ in config.seeds]
+    rows, names = [], list(config.plans)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            left, right = (group_means([pair.values["psnr"] for pair in compared[n]], groups) for n in (a, b))
+            row = summarise((left - right).tolist())
+            rows.append({"a": a, "b": b, "figure": "psnr", **row, "p": wilcoxon(left.tolist(), right.tolist())})
+    return rows
