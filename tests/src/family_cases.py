@@ -37,6 +37,7 @@ class Family:
         frames_at: axis of the frames in the latents; None without.
         calls: attention calls of one layer in a forward.
         pixels: whether a token of the first layer depends on its own pixels alone.
+        before: packed tokens that stand before the grid's.
     """
 
     build: Callable[[], torch.nn.Module]
@@ -49,6 +50,7 @@ class Family:
     frames_at: int | None = 2
     calls: int = 1
     pixels: bool = True
+    before: Callable[[Shape], int] = lambda shape: 0
 
     def model(self) -> torch.nn.Module:
         torch.manual_seed(1)
@@ -70,13 +72,11 @@ class Family:
         given = inputs[self.latents]
         latents = [x.clone() for x in given] if isinstance(given, list) else given.clone()
         if self.patch is None:
-            latents[:, (t * shape[1] + h) * shape[2] + w] += 1
+            latents[:, self.before(shape) + (t * shape[1] + h) * shape[2] + w] += 1
         else:
             (p_t, p_h, p_w), frames = self.patch, self.frames_at
             for sample in latents:
                 where = sample if frames is None else sample.movedim(frames - 1, 0)[t * p_t]
-                if self.latents == "kandinsky":
-                    where = where.movedim(-1, 0)
                 where[..., h * p_h, w * p_w] += 1
         return {**inputs, self.latents: latents}
 

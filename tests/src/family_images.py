@@ -176,6 +176,20 @@ def hunyuan_dit(shape: Shape) -> dict[str, Any]:
     }
 
 
+def hidream(shape: Shape) -> dict[str, Any]:
+    return {
+        "hidden_states": flat(shape, 4),
+        "timesteps": steps(),
+        "encoder_hidden_states_t5": prompt(),
+        "encoder_hidden_states_llama3": noise(2, BATCH, WORDS, DIM, seed=5),
+        "pooled_embeds": noise(BATCH, 8),
+    }
+
+
+def hidream_grid(shape: Shape) -> list[TokenGrid]:
+    return [of(("image", *shape), ("condition", 400 - shape[1] * shape[2]), ("text", 3 * WORDS))]
+
+
 def hunyuan_image(shape: Shape) -> dict[str, Any]:
     return {
         "hidden_states": flat(shape, 4, 1),
@@ -386,6 +400,26 @@ IMAGE_FAMILIES: dict[str, Family] = {
         ),
         hunyuan_dit,
         alone,
+        2,
+        **_IMAGE,
+    ),
+    "hidream": Family(
+        lambda: d.HiDreamImageTransformer2DModel(
+            **HEADS,
+            patch_size=2,
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            caption_channels=[DIM, DIM],
+            text_emb_dim=8,
+            num_routed_experts=2,
+            num_activated_experts=1,
+            axes_dims_rope=(4, 6, 6),
+            max_resolution=(40, 40),
+            llama_layers=[0, 1],
+        ),
+        hidream,
+        hidream_grid,
         2,
         **_IMAGE,
     ),

@@ -78,6 +78,25 @@ def ltx(shape: Shape) -> dict[str, Any]:
     }
 
 
+def ltx_conditions(shape: Shape) -> dict[str, Any]:
+    """A still of the video's size at time 0, then the video: only coordinates say so."""
+    axes = [8.0 * torch.arange(size) for size in shape]
+    still = torch.cartesian_prod(*(axis[: 1 if n == 0 else None] for n, axis in enumerate(axes)))
+    where = torch.cat([still, torch.cartesian_prod(*axes)]).T.expand(BATCH, -1, -1)
+    inputs = {**ltx(shape), "num_frames": None, "height": None, "width": None}
+    return {**inputs, "hidden_states": packed(shape, 4, shape[1] * shape[2]), "video_coords": where}
+
+
+def ltx2(shape: Shape) -> dict[str, Any]:
+    sound = {
+        "audio_hidden_states": noise(BATCH, 5, 4, seed=8),
+        "audio_encoder_hidden_states": prompt(seed=9),
+        "audio_encoder_attention_mask": short(),
+        "audio_num_frames": 5,
+    }
+    return {**ltx(shape), **sound, "fps": 24.0}
+
+
 def hunyuan15(shape: Shape) -> dict[str, Any]:
     return {
         "hidden_states": patched(shape, 4, 1),
@@ -223,6 +242,35 @@ VIDEO_FAMILIES: dict[str, Family] = {
             **HEADS, in_channels=4, out_channels=4, num_layers=2, cross_attention_dim=32, caption_channels=DIM
         ),
         ltx,
+        alone,
+        2,
+        **_PACKED,
+    ),
+    "ltx_conditions": Family(
+        lambda: d.LTXVideoTransformer3DModel(
+            **HEADS, in_channels=4, out_channels=4, num_layers=2, cross_attention_dim=32, caption_channels=DIM
+        ),
+        ltx_conditions,
+        lambda s: [of(("condition", s[1] * s[2]), ("video", *s))],
+        2,
+        before=lambda s: s[1] * s[2],
+        **_PACKED,
+    ),
+    "ltx2": Family(
+        lambda: d.LTX2VideoTransformer3DModel(
+            **HEADS,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            cross_attention_dim=32,
+            caption_channels=DIM,
+            audio_in_channels=4,
+            audio_out_channels=4,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=8,
+            audio_cross_attention_dim=16,
+        ),
+        ltx2,
         alone,
         2,
         **_PACKED,

@@ -125,7 +125,7 @@ def two_lengths(shape):
 
 
 def coordinates(shape):
-    return {**FAMILIES["ltx"].inputs(shape), "video_coords": torch.rand(cases.BATCH, 3, 288)}
+    return {**FAMILIES["ltx"].inputs(shape), "num_frames": None, "video_coords": torch.rand(cases.BATCH, 3, 288)}
 
 
 def two_images(shape):
@@ -139,7 +139,7 @@ def two_images(shape):
     [
         ("flux", odd_ids, "img_ids are not the rows and columns"),
         ("lumina2", two_lengths, "prompts of different lengths"),
-        ("ltx", coordinates, "coordinates a token"),
+        ("ltx", coordinates, "coordinates of tokens"),
         ("qwen_image", two_images, "images of different sizes"),
     ],
 )
@@ -165,13 +165,14 @@ def test_changed_ids_are_read_again():
     case = FAMILIES["flux"]
     model, inputs = case.model(), case.inputs((1, 16, 18))
     ids = inputs["img_ids"]
-    with sparsereel.sparsified(model, NEAR):
+    columns = Neighborhood(window=(1, 99, 3))
+    with sparsereel.sparsified(model, columns):
         run(model, inputs)
         ids.copy_(cases.places((1, 8, 36)))
         run(model, inputs)
         density = sparsereel.report(model).token_density
         run(model, inputs)
-    wide, high = (NEAR.token_mask(case.grids((1, *s))[0]).float().mean() for s in ((16, 18), (8, 36)))
+    wide, high = (columns.token_mask(case.grids((1, *s))[0]).float().mean() for s in ((16, 18), (8, 36)))
     assert density == pytest.approx(float(wide + high) / 2, abs=1e-6)
     assert wide != high
 

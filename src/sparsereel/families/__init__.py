@@ -12,9 +12,9 @@ from sparsereel.families.cross_attention_dits import Allegro, DiT, HunyuanDiT, L
 from sparsereel.families.flux import Bria, Chroma, Flux, Flux2, LongCatImage, OvisImage
 from sparsereel.families.hunyuan_relatives import HunyuanImage, HunyuanVideo15, HunyuanVideoFramepack
 from sparsereel.families.hunyuan_video import HunyuanVideo
-from sparsereel.families.joint_images import AuraFlow, CogView3Plus, CogView4, StableDiffusion3
+from sparsereel.families.joint_images import AuraFlow, CogView3Plus, CogView4, HiDream, StableDiffusion3
 from sparsereel.families.joint_videos import ConsisID, EasyAnimate, Kandinsky5, Mochi
-from sparsereel.families.ltx import LTXVideo
+from sparsereel.families.ltx import LTX2Video, LTXVideo
 from sparsereel.families.lumina import Lumina2, ZImage
 from sparsereel.families.qwen_image import QwenImage
 from sparsereel.families.refused import REFUSED
@@ -26,11 +26,20 @@ __all__ = ["FAMILIES", "REFUSED", "Family", "find", "models_of", "register", "un
 
 #: video models, then image models; `register` adds to it
 FAMILIES: list[Family] = [
-    *(Wan(), HunyuanVideo(), CogVideoX(), LTXVideo(), SkyReelsV2(), HunyuanVideo15(), HunyuanVideoFramepack()),
+    *(
+        Wan(),
+        HunyuanVideo(),
+        CogVideoX(),
+        LTXVideo(),
+        LTX2Video(),
+        SkyReelsV2(),
+        HunyuanVideo15(),
+        HunyuanVideoFramepack(),
+    ),
     *(WanAnimate(), ChronoEdit(), AnyFlow(), Cosmos(), Mochi(), Allegro(), Latte(), EasyAnimate(), ConsisID()),
     *(Kandinsky5(), VideoUNet()),
     *(Flux(), Flux2(), QwenImage(), ZImage(), Chroma(), StableDiffusion3(), StableDiffusion(), HunyuanImage()),
-    *(CogView4(), CogView3Plus(), Lumina2(), AuraFlow(), PixArt(), DiT(), HunyuanDiT()),
+    *(CogView4(), CogView3Plus(), Lumina2(), HiDream(), AuraFlow(), PixArt(), DiT(), HunyuanDiT()),
     *(Bria(), LongCatImage(), OvisImage()),
 ]
 

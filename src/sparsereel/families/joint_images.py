@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from sparsereel.families.base import Family, by_suffix, grid_alone, layout_length
-from sparsereel.families.layout import Layout, image, text
+from sparsereel.families.base import Family, by_suffix, grid_alone, layout_length, with_text_of
+from sparsereel.families.layout import Layout, condition, image, text
 
 
 class TextThenImage(Family):
@@ -75,3 +75,33 @@ class StableDiffusion3(TextThenImage):
     def layer_layout(self, layout: Layout, length: int) -> Layout | None:
         alone = grid_alone(layout)
         return alone if layout_length(alone) == length else super().layer_layout(layout, length)
+
+
+class HiDream(Family):
+    """Image, filled up to the largest size where it is not square, then text of another length in every block."""
+
+    name = "hidream"
+    covers = "HiDream-I1"
+    classes = ("HiDreamImageTransformer2DModel",)
+    seam = "sdpa"
+    processors = frozenset({"HiDreamAttnProcessor"})
+    parameters = ("hidden_states", "timesteps", "encoder_hidden_states_t5", "encoder_hidden_states_llama3")
+
+    def self_attention(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        return by_suffix(model, [".attn1"])
+
+    def layout(self, model: nn.Module, arguments: Mapping[str, Any]) -> Layout | str | None:
+        latents = arguments.get("hidden_states")
+        first, second = (arguments.get(f"encoder_hidden_states_{name}") for name in ("t5", "llama3"))
+        if latents is None or latents.ndim != 4 or first is None or second is None:
+            return "latents packed by the pipeline do not show their rows and columns"
+        p = model.config.patch_size  # type: ignore[union-attr]
+        height, width = latents.shape[2] // p, latents.shape[3] // p
+        largest: Any = model.max_seq
+        padding = 0 if latents.shape[2] == latents.shape[3] else largest - height * width
+        # Blocks see both prompts, and the second once more as one of its encoder's layers has it.
+        words = first.shape[1] + 2 * second[0].shape[1]
+        return image(height, width) + condition(padding) + text(words)
+
+    def layer_layout(self, layout: Layout, length: int) -> Layout | None:
+        return with_text_of(layout, length)

@@ -62,6 +62,39 @@ def row_major(ids: torch.Tensor) -> tuple[int, int, int] | None:
     return (height, width, len(ids) - size) if bool(same.all()) else None
 
 
+def last_video(coordinates: torch.Tensor) -> tuple[int, int, int, int] | None:
+    """(tokens before it, frames, height, width) of the video that a sequence ends in, from its tokens' coordinates.
+
+    Args:
+        coordinates: (B, 3, S) or, as bounds, (B, 3, S, 2): frame, row and column of every token.
+
+    Returns:
+        None where the sequence does not end in frames of equal rows and columns, in time order from the earliest time.
+    """
+    if coordinates.ndim == 4:
+        coordinates = coordinates[..., 0]
+    if coordinates.ndim != 3 or not bool((coordinates == coordinates[:1]).all()):
+        return None
+    t, h, w = coordinates[0]
+    tokens = len(t)
+    other = (t != t[-1]).nonzero()
+    area = tokens - 1 - int(other[-1]) if len(other) else tokens
+    rows, columns = h[-area:].unique(), w[-area:].unique()  # sorted
+    places = torch.stack([h[-area:], w[-area:]])
+    if len(rows) * len(columns) != area or not bool((places == torch.cartesian_prod(rows, columns).T).all()):
+        return None
+    start = tokens - area
+    while start >= area:
+        frame = slice(start - area, start)
+        same_places = bool((torch.stack([h[frame], w[frame]]) == places).all())
+        if not same_places or not bool((t[frame] == t[start - area]).all()) or not bool(t[start - area] < t[start]):
+            break
+        start -= area
+    if bool(t[start] > t.min()):
+        return None
+    return start, (tokens - start) // area, len(rows), len(columns)
+
+
 def one_length(mask: torch.Tensor) -> int:
     """The number of kept tokens of a prompt mask (B, S), where it is the same prefix of every sample; else -1."""
     kept = mask != 0
