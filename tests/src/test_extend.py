@@ -259,22 +259,24 @@ def test_positions_beyond_the_table(pipe, forward):
 def factor_of(rule: UltraViCo, grid: TokenGrid, trained: int) -> torch.Tensor:
     """lambda_ij (S, S), entry by entry."""
     t, y, x = (axis.tolist() for axis in grid.coordinates())
+    place = [(f * grid.height + row) * grid.width + column for f, row, column in zip(t, y, x, strict=True)]
+    bands = [] if rule.period is None else [m * rule.period for m in range(1, grid.frames)]
     frame_tokens = grid.height * grid.width
-    out = torch.ones(grid.seq_len, grid.seq_len, dtype=torch.float64)
+    factors = torch.ones(grid.seq_len, grid.seq_len).tolist()
     for i in range(grid.seq_len):
         for j in range(grid.seq_len):
+            if t[i] < 0 or t[j] < 0:
+                continue
             if rule.by == "frames":
-                apart = abs(t[i] - t[j])
+                apart: float = abs(t[i] - t[j])
                 far = apart > trained // 2
             else:
-                place = [(t[n] * grid.height + y[n]) * grid.width + x[n] for n in (i, j)]
-                apart = abs(place[0] - place[1]) / frame_tokens
+                apart = abs(place[i] - place[j]) / frame_tokens
                 far = apart > trained / 2
             if far:
-                bands = (m * (rule.period or 0) for m in range(1, 100))
-                risky = rule.beta is not None and any(abs(apart - band) <= rule.gamma for band in bands)
-                out[i, j] = rule.beta if risky else rule.alpha
-    return out
+                risky = any(abs(apart - band) <= rule.gamma for band in bands)
+                factors[i][j] = rule.beta if risky else rule.alpha
+    return torch.tensor(factors, dtype=torch.float64)
 
 
 @contextmanager
@@ -282,11 +284,13 @@ def dense_definition(factors, allowed):
     """torch's own attention, with UltraViCo written out on self-attention calls."""
     original = F.scaled_dot_product_attention
 
-    def attention(query, key, value, *args, **kwargs):
+    def attention(query, key, value, attn_mask=None, *args, **kwargs):
         if not query.shape[2] == key.shape[2] == factors.shape[0]:
-            return original(query, key, value, *args, **kwargs)
+            return original(query, key, value, attn_mask, *args, **kwargs)
         logits = query.double() @ key.double().transpose(-1, -2) / query.shape[-1] ** 0.5
         logits = torch.where(logits > 0, logits * factors, logits).masked_fill(~allowed, float("-inf"))
+        if attn_mask is not None:
+            logits = logits.masked_fill(~attn_mask, float("-inf"))
         return (logits.softmax(-1) @ value.double()).to(query.dtype)
 
     F.scaled_dot_product_attention = attention
@@ -329,6 +333,31 @@ def test_ultravico_equals_its_dense_definition(pipe, forward, factors, rule, nam
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=2e-5)
     sparsereel.restore(pipe)
     assert (forward(pipe, 10) - expected).abs().max() > 1e-3, report
+
+
+def test_ultravico_with_text_in_the_sequence(tiny):
+    """HunyuanVideo: text at the end is exempt, padded text is not seen, and there is no rule for the first frame."""
+    from diffusers import HunyuanVideoPipeline
+
+    class Trained(HunyuanVideoPipeline):
+        def __call__(self, height=128, width=128, num_frames=9):
+            raise NotImplementedError
+
+    model = tiny.CASES["hunyuan_video"].model()
+    none = dict.fromkeys(("text_encoder", "tokenizer", "vae", "text_encoder_2", "tokenizer_2"))
+    pipe = Trained(transformer=model, scheduler=FlowMatchEulerDiscreteScheduler(), **none)
+    inputs = tiny.hunyuan_inputs()
+    assert not inputs["encoder_attention_mask"].all()
+    grid = TokenGrid(5, 8, 8, text=tiny.TEXT)
+    plain = tiny.run(model, inputs)
+    for rule in RULES:
+        with dense_definition(factor_of(rule, grid, 3), torch.tensor(True)):
+            expected = tiny.run(model, inputs)
+        sparsereel.extend(pipe, frames=17, method=Recipe(decay=rule))
+        out = tiny.run(model, inputs)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=2e-5)
+        assert (out - plain).abs().max() > 1e-3
+        sparsereel.restore(pipe)
 
 
 def test_tiles_are_really_reordered(pipe, forward):
