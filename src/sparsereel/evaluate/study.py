@@ -14,7 +14,7 @@ from typing import Any
 
 from sparsereel.evaluate.config import DENSE, StudyConfig
 from sparsereel.files import replacing, write_json
-from sparsereel.generation import Request, environment, generate, load_pipeline, request_data
+from sparsereel.generation import Clip, Request, environment, generate, load_pipeline, request_data
 from sparsereel.plan import AttentionPlan
 
 Say = Callable[[str], None]
@@ -117,7 +117,7 @@ def _generate(
     pending = sum(done is None for done in found)
     if pending < len(cells):
         say(f"{len(cells) - pending} of {len(cells)} clips are there already and are kept")
-    pipe = load_pipeline(config.model, config.dtype, config.device) if pending else None
+    pipe: Any = load_pipeline(config.model, config.dtype, config.device) if pending else None
     seen: set[str] = set()
     results = []
     for place, (cell, done) in enumerate(zip(cells, found, strict=True), start=1):
@@ -133,7 +133,7 @@ def _generate(
                 "seconds": clip.seconds,
                 # The first clip of a plan also builds kernels and masks: its time is shown but not counted.
                 "warm": cell.plan in seen,
-                **{kind: getattr(clip.report, kind, None) or 1.0 for kind in ("density", "token_density")},
+                **_densities(clip),
                 "environment": environment(),
             }
             # Last: a sidecar means that the clip is complete.
@@ -141,6 +141,13 @@ def _generate(
             seen.add(cell.plan)
         results.append(done)
     return results
+
+
+def _densities(clip: Clip) -> dict[str, float]:
+    """Share of blocks visited and of pairs allowed; 1 for a dense clip and where no layer was replaced."""
+    kinds = ("density", "token_density")
+    found = {kind: None if clip.report is None else getattr(clip.report, kind) for kind in kinds}
+    return {kind: 1.0 if share is None else share for kind, share in found.items()}
 
 
 def measure_study(

@@ -23,7 +23,7 @@ def score_clips(clips: Path, prompts: Path | None, model: str, weights: Path | N
     files = list_clips(clips)
     texts = find_prompts(files, prompts)
     scorer = load_clip_model(model, weights)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for file, text in zip(files, texts, strict=True):
         found = scorer.score(pick_frames(open_clip(file), frames), text)
         rows.append({"clip": str(file), "prompt": text, "text": found.text, "steadiness": found.steadiness})
