@@ -185,6 +185,21 @@ def test_too_few_samples_are_refused(digits, capsys):
     assert "unknown features 'nice'" in capsys.readouterr().err
 
 
+def test_a_file_of_features_stands_for_its_set(digits, tmp_path, capsys):
+    kept = tmp_path / "a.safetensors"
+    assert run(["eval", "features", str(digits / "a"), "-o", str(kept)]) == 0
+    values = []
+    for a in (digits / "a", kept):
+        assert run(["eval", "kid", str(a), str(digits / "blur2.0"), "--json", "-"]) == 0
+        values.append(json.loads(capsys.readouterr().out)["value"])
+    assert values[0] == values[1] != 0
+    assert run(["eval", "fvd", str(kept), str(digits / "b"), "--force"]) == 2
+    assert "was made with" in capsys.readouterr().err
+    assert run(["eval", "features", str(digits / "a"), "-o", str(kept), "--features", "torchvision:resnet18"]) == 4
+    assert run(["eval", "fid", str(kept), str(kept), "--features", "torchvision:resnet18"]) == 4
+    assert "need a safetensors file" in capsys.readouterr().err
+
+
 def test_frames_are_spread_evenly(tmp_path):
     np.save(tmp_path / "c.npy", np.arange(10, dtype=np.uint8)[:, None, None, None].repeat(8, 1).repeat(8, 2))
     clip = open_clip(tmp_path / "c.npy")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from sparsereel.media import write_mp4
 from sparsereel_eval import intervals, paired, warping
 from sparsereel_eval.lpips import Lpips, MissingWeights, load_lpips
 
@@ -123,6 +124,50 @@ def test_differing_clips_are_refused(tmp_path):
         np.save(tmp_path / "b.npy", other)
         with pytest.raises(ValueError, match=text):
             paired.compare_clips(tmp_path / "a.npy", tmp_path / "b.npy")
+
+
+def test_encoded_clips_of_unequal_length_or_rate_are_refused(tmp_path):
+    """Lengths of encoded clips show only at their end."""
+    a = (moving(4) * 255).astype(np.uint8)
+    for name, clip, fps in (("a", a, 8), ("short", a[:3], 8), ("fast", a, 16)):
+        write_mp4(tmp_path / f"{name}.mp4", clip, fps)
+    for left, right in (("a", "short"), ("short", "a")):
+        with pytest.raises(ValueError, match=r"has [34] frames.* has [34]; they must be equally many"):
+            paired.compare_clips(tmp_path / f"{left}.mp4", tmp_path / f"{right}.mp4")
+    with pytest.raises(ValueError, match="8 frames a second.*16 frames a second"):
+        paired.compare_clips(tmp_path / "a.mp4", tmp_path / "fast.mp4")
+    np.save(tmp_path / "a.npy", a)
+    result = paired.compare_clips(tmp_path / "a.npy", tmp_path / "a.mp4")
+    assert result.lossy
+    assert 25 < result.values["psnr"] < 60
+
+
+def test_memory_does_not_grow_with_the_clip():
+    """A clip of 400 frames holds no more than a few at a time."""
+    from sparsereel_eval.readers import ClipFile
+
+    alive, most = [0], [0]
+
+    class Frame(np.ndarray):
+        def __del__(self):
+            if self.base is None:
+                alive[0] -= 1
+
+    def frames():
+        for i in range(400):
+            frame = np.full((8, 8, 3), i % 250, np.uint8).view(np.ndarray)
+            made = Frame((8, 8, 3), np.uint8)
+            made[:] = frame
+            alive[0] += 1
+            most[0] = max(most[0], alive[0])
+            yield made
+
+    clip = ClipFile("x", 8, 8, 400, None, False, frames)
+    running = paired._Running(clip, clip, None)
+    for x, y in zip(clip, clip, strict=True):
+        running.add(x, y)
+    assert running.finish().frames == 400
+    assert most[0] < 20
 
 
 def test_interval_covers_the_mean():

@@ -131,6 +131,30 @@ def fvd(
     _distance("fvd", a, b, json, features, weights, frames, cache, force=force, seed=seed)
 
 
+@app.command("features")
+def store_features(
+    clips: Annotated[Path, typer.Argument(help="Folder of clips or pictures.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The safetensors file to write.")],
+    metric: Annotated[str, typer.Option("--for", help="fid, kid or fvd.")] = "fid",
+    features: Features = "judge",
+    weights: Weights = None,
+    frames: Frames = None,
+) -> None:
+    """Keep a set's features in a file that stands for the set in fid, kid and fvd."""
+    from sparsereel.evaluate.distances import METRICS, Settings, store
+    from sparsereel_eval.lpips import MissingWeights
+
+    if metric not in METRICS:
+        raise ValueError(f"--for must be one of {', '.join(METRICS)}, got {metric!r}")
+    if output.suffix != ".safetensors":
+        raise ValueError(f"-o must be a file that ends in .safetensors, got {output}")
+    try:
+        count = store(clips, output, metric, Settings(features, weights, frames), console.say)
+    except MissingWeights as error:
+        raise typer.Exit(console.complain(str(error), console.MISSING)) from error
+    console.say(f"wrote {count} feature vectors to {output}")
+
+
 def _distance(metric: str, a: Path, b: Path, json: str | None, *settings: Any, **more: Any) -> None:
     from sparsereel.evaluate.distances import Settings, distance
     from sparsereel_eval.lpips import MissingWeights
