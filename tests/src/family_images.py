@@ -250,6 +250,20 @@ IMAGE_FAMILIES: dict[str, Family] = {
         shapes=IMAGES,
         **_PACKED,
     ),
+    "bria_fibo": Family(
+        lambda: d.BriaFiboTransformer2DModel(
+            **FLUX, pooled_projection_dim=None, axes_dims_rope=[4, 6, 6], text_encoder_dim=DIM
+        ),
+        lambda s: {
+            **flux(s),
+            "text_encoder_layers": [prompt(seed=n) for n in (11, 12, 13)],
+            "pooled_projections": None,
+        },
+        text_first,
+        3,
+        shapes=IMAGES,
+        **_PACKED,
+    ),
     "longcat_image": Family(
         lambda: d.LongCatImageTransformer2DModel(**FLUX, pooled_projection_dim=DIM, axes_dims_rope=[4, 6, 6]),
         flux,

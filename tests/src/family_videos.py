@@ -295,6 +295,22 @@ VIDEO_FAMILIES: dict[str, Family] = {
         framepack_grid,
         2,
     ),
+    "motif_video": Family(
+        lambda: d.MotifVideoTransformer3DModel(
+            **HEADS,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_single_layers=2,
+            num_decoder_layers=1,
+            text_embed_dim=DIM,
+            image_embed_dim=10,
+            rope_axes_dim=(4, 6, 6),
+        ),
+        lambda s: {**wan(s), "encoder_attention_mask": short(), "image_embeds": noise(BATCH, 4, 10, seed=6)},
+        lambda s: [TokenGrid(*s, text=WORDS + 4), of(("video", *s), ("condition", s[0] * s[1] * s[2]))],
+        3,
+    ),
     "mochi": Family(
         lambda: d.MochiTransformer3DModel(
             **HEADS, num_layers=2, pooled_projection_dim=32, in_channels=4, text_embed_dim=16, time_embed_dim=8

@@ -128,6 +128,11 @@ def coordinates(shape):
     return {**FAMILIES["ltx"].inputs(shape), "num_frames": None, "video_coords": torch.rand(cases.BATCH, 3, 288)}
 
 
+def added_to_logits(shape):
+    inputs = FAMILIES["chroma"].inputs(shape)
+    return {**inputs, "attention_mask": inputs["attention_mask"].float()}
+
+
 def two_images(shape):
     # The model takes the first sample's shapes for all.
     shapes = [[shape], [(1, shape[2], shape[1])]]
@@ -140,6 +145,7 @@ def two_images(shape):
         ("flux", odd_ids, "img_ids are not the rows and columns"),
         ("lumina2", two_lengths, "prompts of different lengths"),
         ("ltx", coordinates, "coordinates of tokens"),
+        ("chroma", added_to_logits, "an attention mask of shape"),
         ("qwen_image", two_images, "images of different sizes"),
     ],
 )

@@ -9,8 +9,8 @@ from torch import nn
 from sparsereel.families.base import Family
 from sparsereel.families.cogvideox import CogVideoX
 from sparsereel.families.cross_attention_dits import Allegro, DiT, HunyuanDiT, Latte, PixArt
-from sparsereel.families.flux import Bria, Chroma, Flux, Flux2, LongCatImage, OvisImage
-from sparsereel.families.hunyuan_relatives import HunyuanImage, HunyuanVideo15, HunyuanVideoFramepack
+from sparsereel.families.flux import Bria, BriaFibo, Chroma, Flux, Flux2, LongCatImage, OvisImage
+from sparsereel.families.hunyuan_relatives import HunyuanImage, HunyuanVideo15, HunyuanVideoFramepack, MotifVideo
 from sparsereel.families.hunyuan_video import HunyuanVideo
 from sparsereel.families.joint_images import AuraFlow, CogView3Plus, CogView4, HiDream, StableDiffusion3
 from sparsereel.families.joint_videos import ConsisID, EasyAnimate, Kandinsky5, Mochi
@@ -37,10 +37,10 @@ FAMILIES: list[Family] = [
         HunyuanVideoFramepack(),
     ),
     *(WanAnimate(), ChronoEdit(), AnyFlow(), Cosmos(), Mochi(), Allegro(), Latte(), EasyAnimate(), ConsisID()),
-    *(Kandinsky5(), VideoUNet()),
+    *(Kandinsky5(), MotifVideo(), VideoUNet()),
     *(Flux(), Flux2(), QwenImage(), ZImage(), Chroma(), StableDiffusion3(), StableDiffusion(), HunyuanImage()),
     *(CogView4(), CogView3Plus(), Lumina2(), HiDream(), AuraFlow(), PixArt(), DiT(), HunyuanDiT()),
-    *(Bria(), LongCatImage(), OvisImage()),
+    *(Bria(), BriaFibo(), LongCatImage(), OvisImage()),
 ]
 
 

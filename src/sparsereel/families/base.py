@@ -96,6 +96,16 @@ def grid_alone(layout: Layout) -> Layout:
     return ()
 
 
+def by_key(mask: torch.Tensor) -> torch.Tensor:
+    """(B, 1, 1, keys) behind a mask (B, 1, S, S) built as kept[query] & kept[key].
+
+    Queries that are left out differ, which nobody sees: as keys they are left out too. Numbers added to the logits are
+    another matter, since such keys may still be seen; those masks are returned as they are.
+    """
+    pairs = mask.dtype == torch.bool and mask.shape[2] == mask.shape[3]
+    return mask.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) if pairs else mask
+
+
 def with_text_of(layout: Layout, length: int) -> Layout | None:
     """`layout`, whose last segment is text, with as much of that text as fills `length` tokens; None beyond its size.
 

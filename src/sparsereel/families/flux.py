@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from sparsereel.families.base import Family
+from sparsereel.families.base import Family, by_key
 from sparsereel.families.layout import Layout, condition, image, text
 from sparsereel.families.reading import COMPILED, read_once, row_major
 
@@ -53,13 +53,13 @@ class Flux(PackedImage):
 
 class Chroma(PackedImage):
     name = "chroma"
-    covers = "Chroma"
+    covers = "Chroma, given boolean masks (its pipeline hands numbers, added for each query and key: dense)"
     classes = ("ChromaTransformer2DModel",)
     processors = frozenset({"FluxAttnProcessor"})
 
     def key_mask(self, mask: torch.Tensor) -> torch.Tensor:
         # Blocks hand mask[query] * mask[key]; a query that is masked itself is text that nobody sees.
-        return mask.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) if mask.shape[2] == mask.shape[3] else mask
+        return by_key(mask)
 
 
 class Flux2(PackedImage):
@@ -76,6 +76,17 @@ class Bria(PackedImage):
     processors = frozenset({"BriaAttnProcessor"})
     parameters: ClassVar[tuple[str, ...]] = (
         *("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids"),
+    )
+
+
+class BriaFibo(PackedImage):
+    name = "bria_fibo"
+    covers = "Bria FIBO"
+    classes = ("BriaFiboTransformer2DModel",)
+    processors = frozenset({"BriaFiboAttnProcessor", "BriaAttnProcessor"})
+    parameters: ClassVar[tuple[str, ...]] = (
+        *("hidden_states", "encoder_hidden_states", "text_encoder_layers", "pooled_projections", "timestep"),
+        *("img_ids", "txt_ids"),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsereel.families.base import Family, with_text_of
+from sparsereel.families.base import Family, by_key, grid_alone, layout_length, with_text_of
 from sparsereel.families.layout import Layout, condition, image, text, video
 
 
@@ -46,7 +46,7 @@ class HunyuanVideo15(_DoubleThenSingle):
 
     def key_mask(self, mask: torch.Tensor) -> torch.Tensor:
         # The processor hands mask[query] & mask[key]; a query that is masked itself is text that nobody sees.
-        return mask.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) if mask.shape[2] == mask.shape[3] else mask
+        return by_key(mask)
 
 
 class HunyuanVideoFramepack(_DoubleThenSingle):
@@ -102,3 +102,27 @@ class HunyuanImage(_DoubleThenSingle):
         words = prompt.shape[1] + (second.shape[1] if used and second is not None else 0)
         grid = image(*sizes) if len(sizes) == 2 else video(*sizes)
         return grid + text(words)
+
+
+class MotifVideo(_DoubleThenSingle):
+    name = "motif_video"
+    covers = "Motif-Video"
+    classes = ("MotifVideoTransformer3DModel",)
+    processors = frozenset({"MotifVideoAttnProcessor2_0"})
+    parameters = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask", "image_embeds")
+
+    def layout(self, model: nn.Module, arguments: Mapping[str, Any]) -> Layout | str | None:
+        latents, prompt = arguments.get("hidden_states"), arguments.get("encoder_hidden_states")
+        if latents is None or latents.ndim != 5 or prompt is None:
+            return None
+        images = arguments.get("image_embeds")
+        config = model.config
+        p, p_t = config.patch_size, config.patch_size_t  # type: ignore[union-attr]
+        grid = video(latents.shape[2] // p_t, latents.shape[3] // p, latents.shape[4] // p)
+        return grid + text(prompt.shape[1] + (0 if images is None else images.shape[1]))
+
+    def layer_layout(self, layout: Layout, length: int) -> Layout | None:
+        # Decoder blocks see the encoder's output in place of the prompt.
+        grid = grid_alone(layout)
+        tokens = layout_length(grid)
+        return grid + condition(tokens) if length == 2 * tokens else Family.layer_layout(self, layout, length)

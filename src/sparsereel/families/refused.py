@@ -7,6 +7,7 @@ _LINEAR = "its self-attention is linear attention, which has no score matrix to 
 _OWN_MASK = "it hands attention a mask of its own, a value for each query and key"
 _MIXED = "text, pictures and other tokens are mixed in one sequence by index lists, so no fixed segment is the grid"
 _OWN_BACKEND = "it names its attention backend itself, past the place where sparsereel enters"
+_TEXT_KEYS = "the picture attends to itself and the prompt in one call, so queries are fewer than keys"
 _UNVERIFIED = "its token order has not been checked yet"
 _PART = "it is a part of other models, whose forward says where its tokens lie"
 
@@ -14,8 +15,7 @@ _PART = "it is a part of other models, whose forward says where its tokens lie"
 REFUSED: dict[str, str] = {
     "AceStepTransformer1DModel": _NO_GRID,
     "AnyFlowFARTransformer3DModel": "it generates chunk by chunk with cached keys, so queries are fewer than keys",
-    "BriaFibo2Transformer2DModel": _OWN_MASK,
-    "BriaFiboTransformer2DModel": _OWN_MASK,
+    "BriaFibo2Transformer2DModel": _UNVERIFIED,
     "Cosmos3OmniTransformer": _MIXED,
     "DreamLiteTransformer2DModel": _PART,
     "DreamLiteUNetModel": _UNVERIFIED,
@@ -35,11 +35,10 @@ REFUSED: dict[str, str] = {
     "MiniMaxH3Transformer3DModel": _MIXED,
     "MiniMaxMusic3RVQDepthDecoder": _NO_GRID,
     "MiniMaxMusic3Transformer1DModel": _NO_GRID,
-    "MotifVideoTransformer3DModel": _UNVERIFIED,
     "MotionAdapter": _PART,
-    "NucleusMoEImageTransformer2DModel": _UNVERIFIED,
+    "NucleusMoEImageTransformer2DModel": _TEXT_KEYS,
     "OmniGenTransformer2DModel": _OWN_MASK,
-    "PRXTransformer2DModel": _UNVERIFIED,
+    "PRXTransformer2DModel": _TEXT_KEYS,
     "PriorTransformer": _NO_GRID,
     "QwenImage21Transformer2DModel": _OWN_BACKEND,
     "RFD4ProteinaTransformer": _NO_GRID,
@@ -49,7 +48,7 @@ REFUSED: dict[str, str] = {
     "SanaWMTransformer3DModel": _LINEAR,
     "StableAudio3DiTModel": _NO_GRID,
     "StableAudioDiTModel": _NO_GRID,
-    "StableCascadeUNet": "its layers attend to picture and prompt in one call, so queries are fewer than keys",
+    "StableCascadeUNet": _TEXT_KEYS,
     "T5FilmDecoder": _NO_GRID,
     "Transformer2DModel": _PART,
     "TransformerTemporalModel": _PART,
