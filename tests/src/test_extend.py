@@ -461,3 +461,15 @@ def test_riflex_says_when_it_changes_nothing(pipe):
     report = sparsereel.extend(pipe, frames=2.0, method=Recipe(time=RIFLEx(loop=600)))
     assert any("riflex changes nothing" in note for note in report.notes)
     assert any("beyond the 4x" in note for note in sparsereel.extend(pipe, frames=6.0).notes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "tiles"])
+def test_compiled_models_are_extended_too(pipe, forward, tiny, name):
+    plan = None if PLANS[name] is None else AttentionPlan.uniform(PLANS[name])
+    recipe = Recipe(time=PositionInterpolation(), decay=UltraViCo(0.3))
+    sparsereel.extend(pipe, frames=2.0, method=recipe, plan=plan)
+    long, native = forward(pipe, 10), forward(pipe, TRAINED)
+    compiled = torch.compile(pipe.transformer)
+    torch.testing.assert_close(tiny.run(compiled, tiny.wan_inputs(10)), long, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tiny.run(compiled, tiny.wan_inputs(TRAINED)), native, rtol=1e-4, atol=1e-5)
