@@ -245,7 +245,8 @@ def run_command(
     for name, row in result["summary"].items():
         psnr = row["figures"]["psnr"]
         fidelity = f"PSNR {psnr['mean']:.2f} dB ({_interval(psnr['interval'])})"
-        console.say(f"{name}: {row['speedup']:.2f}x, density {row['density']:.3f}, {fidelity}")
+        cold = "" if row["speedup_is_warm"] else " with the building of kernels and masks"
+        console.say(f"{name}: {row['speedup']:.2f}x{cold}, density {row['density']:.3f}, {fidelity}")
     console.say(f"wrote {output / 'result.json'}, {output / 'report.html'}")
     console.emit_json(json, result)
     for sentence in result["missed"]:

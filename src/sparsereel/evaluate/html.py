@@ -109,18 +109,19 @@ def _picture(dense: Path, test: Path) -> str:
     """First, middle and last frame of dense, tested and their difference, as a PNG in base64."""
     from PIL import Image
 
-    from sparsereel.media import to_uint8
+    from sparsereel.media import side_by_side, to_uint8
     from sparsereel_eval.readers import open_clip
 
-    rows = []
+    rows: list[np.ndarray] = []
     left, right = open_clip(dense), open_clip(test)
     last = (left.frames or 1) - 1
     wanted = sorted({0, last // 2, last})
     for index, (a, b) in enumerate(zip(left, right, strict=True)):
         if index in wanted:
             a, b = to_uint8(a), to_uint8(b)
-            change = np.abs(a.astype(int) - b) * _DIFFERENCE_GAIN
-            rows.append(np.concatenate([a, b, change.clip(0, 255).astype(np.uint8)], axis=1))
+            change = (np.abs(a.astype(int) - b) * _DIFFERENCE_GAIN).clip(0, 255).astype(np.uint8)
+            row = side_by_side(side_by_side(a[None], b[None]), change[None])[0]
+            rows += [np.full((4, row.shape[1], 3), 128, np.uint8)] * bool(rows) + [row]
     image = Image.fromarray(np.concatenate(rows))
     image.thumbnail((720, 720))
     data = io.BytesIO()
