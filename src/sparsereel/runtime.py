@@ -19,7 +19,7 @@ import torch
 
 from sparsereel.families.base import Family, OrderSource, layout_length, named
 from sparsereel.families.diffusers_seam import blurs_queries
-from sparsereel.families.layout import Layout, decode
+from sparsereel.families.layout import Layout, decode, fixed
 from sparsereel.grid import Permutation
 from sparsereel.launches import Choice, Launch, run_launches
 from sparsereel.padding import bias_of, lengths_of
@@ -130,7 +130,7 @@ class ModelRuntime(OrderSource):
         layout = None if isinstance(found, str) else found
         self.layout = layout
         ordered = self.orders_tokens and layout is not None and not any(map(blurs_queries, self.attentions))
-        self.tile = self._tile_for(layout) if ordered and layout is not None else None
+        self.tile = self._tile_for(fixed(layout)) if ordered and layout is not None else None
         if not torch.compiler.is_compiling():
             self._step_known = False
             self._padding = None

@@ -131,3 +131,14 @@ def test_uniform_takes_patterns_and_selectors_alone():
     assert AttentionPlan.uniform(Neighborhood(window=(3, 3, 3)) | Spatial()).describe()
     assert AttentionPlan.uniform(selectors.Svg()).resolve("transformer", ["a"], [2])[0].has_selectors
     assert not AttentionPlan.uniform(Full()).resolve("transformer", ["a"], [2])[0].has_selectors
+
+
+def test_a_model_compiled_for_one_size_takes_another(wan, tiny):
+    """torch compiles the second size for sizes of any kind; tokens are then still put in the order of this one."""
+    model, inputs = wan
+    with sparsereel.sparsified(model, Neighborhood(window=(3, 3, 3))):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for frames in (5, 6, 7):
+            other = tiny.wan_inputs(frames=frames)
+            torch.testing.assert_close(tiny.run(compiled, other), tiny.run(model, other), atol=1e-5, rtol=1e-5)
+    torch.compiler.reset()

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import torch
+
 from sparsereel.grid import Segment, TokenGrid
 
 Layout = tuple[int, ...]
@@ -35,6 +37,14 @@ def text(length: int) -> Layout:
 def condition(length: int) -> Layout:
     """Tokens that see and are seen by everything: reference images, history, padding; nothing when there are none."""
     return (3, length, 0, 0) if length else ()
+
+
+def fixed(layout: Layout) -> Layout:
+    """The layout in plain ints: a graph for sizes of any kind becomes one for this size, as token order needs it."""
+    if not torch.compiler.is_compiling():
+        return layout
+    # The length of a list is what the compiler turns into a constant; `int` stays symbolic.
+    return tuple(len([0] * size) for size in layout)
 
 
 @lru_cache(maxsize=256)
