@@ -135,7 +135,7 @@ def test_uniform_takes_patterns_and_selectors_alone():
 
 def test_a_model_compiled_for_one_size_takes_another(wan, tiny):
     """torch compiles the second size for sizes of any kind; tokens are then still put in the order of this one."""
-    model, inputs = wan
+    model, _ = wan
     with sparsereel.sparsified(model, Neighborhood(window=(3, 3, 3))):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         for frames in (5, 6, 7):
