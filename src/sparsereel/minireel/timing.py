@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
+from sparsereel.generation import AttentionClock
 from sparsereel.minireel.sizes import LARGE, NATIVE, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, Size
 
 
@@ -35,25 +34,6 @@ class Timing:
     def clip(self, steps: int) -> float:
         """Seconds of a whole clip with guidance."""
         return 2 * steps * self.forward + self.decode
-
-
-class SelfAttentionClock(TorchFunctionMode):
-    """While entered, adds up the seconds of every self-attention call (as many keys as queries) in `seconds`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seconds = 0.0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        query, key = (kwargs.get(name, args[i] if i < len(args) else None) for i, name in enumerate(("query", "key")))
-        start = time.perf_counter()
-        result = func(*args, **kwargs)
-        if query.shape[-2] == key.shape[-2]:
-            self.seconds += time.perf_counter() - start
-        return result
 
 
 @torch.no_grad()
@@ -74,7 +54,7 @@ def measure(size: Size, dtype: torch.dtype, runs: int = 3) -> Timing:
     text, level = torch.randn(1, 16, pipeline.transformer.config.text_dim, dtype=dtype), torch.tensor([500.0])
 
     def forward() -> float:
-        with SelfAttentionClock() as clock:
+        with AttentionClock() as clock:
             pipeline.transformer(latents, level, text, return_dict=False)
         return clock.seconds
 
