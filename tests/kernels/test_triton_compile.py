@@ -38,8 +38,10 @@ def _cache_of_its_own(monkeypatch, tmp_path):
         (Case("sm100", "forward", 16, 128, "plain", True), {"UTCHMMA", "UTMALDG"}),
         (Case("sm120", "queries", 16, 128, "plain", True), {"HMMA", "UTMALDG"}),
         (Case("gfx942", "forward", 16, 64, "plain", False), {"v_mfma"}),
+        (Case("sm90", "forward", 16, 128, "split", True), {"HGMMA", "UTMALDG"}),
+        (Case("sm120", "forward", 32, 128, "tf32", False), {"HMMA"}),
     ],
-    ids=lambda x: f"{x.architecture}-{x.kernel}" if isinstance(x, Case) else "",
+    ids=lambda x: f"{x.architecture}-{x.kernel}-{x.variant}" if isinstance(x, Case) else "",
 )
 def test_representative_kernels(case, instructions):
     found = compile_check.check(case)
@@ -100,9 +102,8 @@ def test_spills_in_backward_and_fp32_without_tensor_cores_are_only_reported(monk
     monkeypatch.setattr(aot, "compile_launch", lambda launch, target: None)
     monkeypatch.setattr(aot, "inspect", lambda compiled: found)
     assert compile_check.check(Case("sm80", "keys", 32, 64, "plain", False))["problems"] == []
-    assert compile_check.check(Case("sm80", "keys", 16, 64, "plain", False))["problems"] == [
-        "no tensor-core instruction"
-    ]
+    for without in (Case("sm80", "keys", 16, 64, "plain", False), Case("sm80", "keys", 32, 64, "tf32", False)):
+        assert compile_check.check(without)["problems"] == ["no tensor-core instruction"]
 
 
 def test_wrong_use(monkeypatch, capsys):

@@ -6,7 +6,7 @@
 
 Prints one line a kernel: registers, spills, shared memory, tensor-core and TMA instructions. Exit code 1 where
 - a forward kernel spills or uses local memory,
-- a kernel on 16-bit numbers has no tensor-core instruction,
+- a kernel on 16-bit or tf32 numbers has no tensor-core instruction,
 - a forward kernel on sm_90 or later that was asked for TMA has no TMA load,
 - any kernel needs more shared memory than a block of threads may have there;
 2 for arguments that name nothing, 4 where Triton or its tools are missing. Spills in backward are reported only.
@@ -39,11 +39,13 @@ if TYPE_CHECKING:
     from .launch import Launch
 
 TOKENS, BLOCK = 512, (128, 64)
-# What a call may carry besides q, k, v and the mask ("bias" has key lengths, too). Every configuration is compiled
-# plain; forward for 16-bit numbers and the commonest head dim is compiled with the others as well.
-VARIANTS = ("plain", "decay", "bias", "dense")
+# What a call may carry besides q, k, v and the mask ("bias" has key lengths, too), or how it may differ: fp16 in place
+# of bf16, lists cut in parts for few queries ("split"). Every configuration is compiled plain; forward for 16-bit
+# numbers and the commonest head dim is compiled with the others as well, and everything on fp32 with tf32 products.
+VARIANTS = ("plain", "decay", "bias", "dense", "fp16", "split", "tf32")
 FULLY_CHECKED = ("forward", 16, 128)
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
+QUERIES_OF_A_SPLIT, PROCESSORS = 128, 108
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,14 @@ def cases() -> Iterator[Case]:
     for architecture, table in configs.TABLE.items():
         for (kernel, bits, width), config in table.items():
             for tma in (True, False) if config.tma else (False,):
-                for variant in VARIANTS if (kernel, bits, width) == FULLY_CHECKED else VARIANTS[:1]:
+                for variant in _variants(kernel, bits, width):
                     yield Case(architecture, kernel, bits, width, variant, tma)
+
+
+def _variants(kernel: str, bits: int, width: int) -> tuple[str, ...]:
+    if bits == 32:
+        return ("plain", "tf32")
+    return VARIANTS[:-1] if (kernel, bits, width) == FULLY_CHECKED else ("plain",)
 
 
 def check(case: Case) -> dict[str, Any]:
@@ -78,7 +86,7 @@ def check(case: Case) -> dict[str, Any]:
     problems = []
     if case.kernel == "forward" and (found.spills or found.local_accesses):
         problems.append(f"spills {found.spills} with {found.local_accesses} accesses to local memory")
-    if case.bits == 16 and not found.tensor_core:
+    if (case.bits == 16 or case.variant == "tf32") and not found.tensor_core:
         problems.append("no tensor-core instruction")
     if case.kernel == "forward" and case.tma and not found.tma:
         problems.append("no TMA load")
@@ -100,27 +108,30 @@ def launch_of(case: Case) -> Launch:
     """The launch of one kernel for a small call; only shapes and alignment matter."""
     from . import launch
 
-    q = torch.empty(1, 2, TOKENS, case.width, dtype=DTYPES[case.bits])
-    mask = None if case.variant == "dense" else _mask()
+    k = torch.empty(1, 2, TOKENS, case.width, dtype=torch.float16 if case.variant == "fp16" else DTYPES[case.bits])
+    splits = case.variant == "split"
+    q = k[:, :, :QUERIES_OF_A_SPLIT] if splits else k
+    mask = None if case.variant == "dense" else _mask(q.shape[2])
     lengths = torch.tensor([TOKENS], dtype=torch.int32) if case.variant == "bias" else None
-    target = launch.Target("compile_check", case.architecture, 1)
-    call = launch.Call(q, q, q, mask, 0.1, lengths, _modifier(case.variant), target, case.tma)
+    target = launch.Target("compile_check", case.architecture, PROCESSORS if splits else 1)
+    precision = "tf32" if case.variant == "tf32" else "ieee"
+    call = launch.Call(q, k, k, mask, 0.1, lengths, _modifier(case.variant), target, case.tma, precision=precision)
     lse = torch.empty(q.shape[:3])
     if case.kernel == "forward":
         made = list(launch.forward_launches(call, q, lse))
     else:
         given = launch.Given(q, lse, q, lse, lse)
-        made = list(launch.backward_launches(call, given, launch.Gradients(q, q, q, lse)))
+        made = list(launch.backward_launches(call, given, launch.Gradients(q, k, k, lse)))
     name = {"forward": "forward", "queries": "query_gradient", "keys": "key_gradient"}[case.kernel]
     (chosen,) = (x for x in made if x.kernel.__name__ == f"{name}_kernel")
     return chosen
 
 
-def _mask() -> BlockMask:
+def _mask(queries: int) -> BlockMask:
     """Full, partial and empty blocks."""
-    kinds = torch.tensor([FULL, 0, EMPTY, FULL]).repeat(TOKENS // BLOCK[0], TOKENS // BLOCK[1] // 4)
+    kinds = torch.tensor([FULL, 0, EMPTY, FULL]).repeat(queries // BLOCK[0], TOKENS // BLOCK[1] // 4)
     tile = torch.full((1, BLOCK[0], BLOCK[1] // 8), 0x55, dtype=torch.uint8)
-    return BlockMask.from_block_map(kinds[None, None].to(torch.int32), tile, (TOKENS, TOKENS), BLOCK)
+    return BlockMask.from_block_map(kinds[None, None].to(torch.int32), tile, (queries, TOKENS), BLOCK)
 
 
 def _modifier(variant: str) -> Modifier | None:

@@ -121,6 +121,8 @@ _SM120 = _table(
         "queries 16": (Config(64, 64, 8, 2, True), Config(64, 64, 8, 1, True), Config(64, 32, 8, 1, True)),
         "keys 16": (Config(32, 64, 4, 2, True), Config(32, 64, 8, 1, True), Config(16, 64, 8, 1, True)),
         **_FP32,
+        # 32 x 16 spills with tf32 products.
+        "forward 32": (Config(32, 32, 8, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
     }
 )
 # 64 KiB of shared memory a block, 64 threads a warp, 512 registers a thread.

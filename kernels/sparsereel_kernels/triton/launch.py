@@ -69,6 +69,7 @@ class Call:
 
     `descriptors`: load through TMA descriptors where configuration, device and tensors allow it.
     `pinned`: configurations by kernel that are taken in place of the stored ones.
+    `precision`: of fp32 products, "ieee" or "tf32"; None reads torch's setting.
     """
 
     q: Tensor
@@ -81,6 +82,7 @@ class Call:
     target: Target
     descriptors: bool = True
     pinned: Mapping[str, configs.Config] = field(default_factory=dict)
+    precision: str | None = None
 
     @property
     def interpreted(self) -> bool:
@@ -88,10 +90,12 @@ class Call:
         return not hasattr(forward_kernel.forward_kernel, "device_caches")
 
     @property
-    def precision(self) -> str:
+    def product_precision(self) -> str:
         """fp32 products: exact as by default, tf32 after torch.set_float32_matmul_precision("high")."""
         if self.interpreted:
             return "interpreter"
+        if self.precision is not None:
+            return self.precision
         return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
     def config(self, kernel: str) -> configs.Config:
@@ -134,7 +138,7 @@ class Call:
             MODIFIER=modifier_name(self.modifier) or "none",
             POSITIVE=self.scale >= 0,
             TMA=tma and all(map(describable, streamed)),
-            PRECISION=self.precision,
+            PRECISION=self.product_precision,
             STEP=step,
         )
 
