@@ -38,6 +38,7 @@ def search(
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     backend: Annotated[str, typer.Option(help="Kernel backend; see `sparsereel doctor`.")] = "auto",
+    report: Annotated[bool, typer.Option(help="Write an HTML page beside the plan (needs plotly).")] = True,
     json: Annotated[str | None, typer.Option("--json", help="Write the result as JSON here, or - for stdout.")] = None,
 ) -> None:
     """Find the best pattern for every head and measure the plan; run again after Ctrl-C to go on.
@@ -82,9 +83,23 @@ def search(
     result.save(output)
     _print(result)
     console.say(f"wrote {output}; recordings are in {kept}")
+    if report:
+        _report(result, output.with_suffix(".html"))
     console.emit_json(json, result.to_dict())
     if not result.met:
         raise typer.Exit(console.complain(result.note, console.MISSED))
+
+
+def _report(result: SearchResult, path: Path) -> None:
+    """Write the page; a missing library costs the page, not the plan."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("plotly", "jinja2") if find_spec(name) is None]
+    if missing:
+        console.say(f"no report: {' and '.join(missing)} missing (pip install 'sparsereel[eval]')")
+        return
+    result.report(path)
+    console.say(f"wrote {path}")
 
 
 def _own_prompts() -> list[str]:

@@ -60,11 +60,12 @@ def _mean(values: np.ndarray, items: list[Item], mine: list[int], head: int) -> 
 
 
 def _places(recording: Recording, component: str, layer: int) -> dict[str, list[float]]:
-    """Attention mass of each head by place, over all stretches."""
+    """Entropy of each head and its attention mass by place, over all stretches."""
     parts = [sums for (c, number, _), sums in recording.sums.items() if (c, number) == (component, layer)]
     queries = sum(float(part.queries) for part in parts)
     total = sum((part.shares for part in parts[1:]), parts[0].shares) / max(queries, 1.0)
-    return {name: total[:, column].tolist() for column, name in enumerate(SHARES)}
+    entropy = sum((part.entropy for part in parts[1:]), parts[0].entropy) / max(queries, 1.0)
+    return {"entropy": entropy.tolist(), **{name: total[:, column].tolist() for column, name in enumerate(SHARES)}}
 
 
 def tidy(value: Any) -> Any:

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 from sparsereel import patterns, selectors
 from sparsereel.grid import TokenGrid
 from sparsereel.patterns import Full, Neighborhood, Pattern, Radial, Sink, Skip, SlidingTile, Spatial, Temporal
+from sparsereel.plan import AttentionPlan
 from sparsereel.plan_entries import Method, Timeline
+from sparsereel.presets import load as load_preset
+from sparsereel.presets import names as preset_names
 from sparsereel.presets import resolve_plan
 from sparsereel.selectors import Selector
 from sparsereel.token_order import MASKS
@@ -79,7 +82,9 @@ def resolve(
 def _named(given: Sequence[str | Pattern | Selector] | None) -> list[Method]:
     grid = default_grid()
     if given is None:
-        return [method for methods in grid.values() for method in methods]
+        # What presets do is tried as well, so that the result can be told apart from every one of them.
+        hand_set = [method for plan in general_presets().values() for method in _of_plan(plan)]
+        return [method for methods in grid.values() for method in methods] + hand_set
     if isinstance(given, str) or not given:
         raise ValueError(f"candidates must be a list of names, patterns or selectors, got {given!r}")
     wanted: list[Method] = []
@@ -98,6 +103,12 @@ def _named(given: Sequence[str | Pattern | Selector] | None) -> list[Method]:
     return wanted
 
 
+def general_presets() -> dict[str, AttentionPlan]:
+    """The presets that are for no model in particular, by name."""
+    plans = {name: load_preset(name) for name in preset_names()}
+    return {name: plan for name, plan in plans.items() if plan.model.family == "any"}
+
+
 def _of_plan(plan: PlanLike) -> list[Method]:
     resolved = resolve_plan(plan)
     wanted: list[Method] = []
@@ -105,11 +116,12 @@ def _of_plan(plan: PlanLike) -> list[Method]:
         for _, entry in layers:
             for choice in (entry.default, *(choice for _, choice in entry.heads)):
                 uses = [use for _, use in choice.stretches] if isinstance(choice, Timeline) else [choice]
-                wanted += [_with_sinks(resolved.pattern_of(use), resolved.keep_sinks) for use in uses]
+                wanted += [kept_sinks(resolved.pattern_of(use), resolved.keep_sinks) for use in uses]
     return wanted
 
 
-def _with_sinks(method: Method, keep: bool) -> Method:
+def kept_sinks(method: Method, keep: bool) -> Method:
+    """`method` as a candidate does what a plan with `keep_sinks` makes of it."""
     # A pattern that keeps sinks has no name in plans; the combination of its parts does.
     if not keep or isinstance(method, (Full, Skip, Selector)):
         return method

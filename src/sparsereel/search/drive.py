@@ -14,9 +14,10 @@ from sparsereel.families import models_of
 from sparsereel.families.layout import decode
 from sparsereel.plan import AttentionPlan
 from sparsereel.search import calibration
-from sparsereel.search.candidates import resolve
+from sparsereel.search.candidates import general_presets, resolve
 from sparsereel.search.costs import Costs, Item, Pricing, errors_of, tiles_of
 from sparsereel.search.emit import plan_of, tile_of
+from sparsereel.search.evidence import Alternative, Evidence, heads_of, preset_choice
 from sparsereel.search.forecast import Forecast, measure_anchor
 from sparsereel.search.progress import Bar, bar, silenced
 from sparsereel.search.reach import GROUPS, measure_reach, middling, probe_steps, weights_of
@@ -46,7 +47,6 @@ class Solution:
     """One choice in one token order."""
 
     costs: Costs
-    front: Front
     choice: np.ndarray
     plan: AttentionPlan
     pressure: float
@@ -73,12 +73,12 @@ class Chooser:
         for tile, costs in self.prices.items():
             front = trace(self.errors, costs.densities if target.kind == "budget" else costs.times)
             state = _state(target, forecast, costs, front)
-            solution = self.solution(target, forecast, costs, front, front.choice(state), front.pressure[state])
+            solution = self.solution(target, forecast, costs, front.choice(state), front.pressure[state])
             actual = tile_of(self.study, solution.plan)
             if actual == tile or not solution.choice.any():
                 own.append(solution)
             elif actual in self.prices:
-                again = self.solution(target, forecast, self.prices[actual], front, solution.choice, solution.pressure)
+                again = self.solution(target, forecast, self.prices[actual], solution.choice, solution.pressure)
                 others.append(again)
         by_cost = target.kind == "target_psnr"
 
@@ -89,16 +89,30 @@ class Chooser:
         return min(own or others, key=rank)
 
     def solution(
-        self, target: Target, forecast: Forecast, costs: Costs, front: Front, choice: np.ndarray, pressure: float
+        self, target: Target, forecast: Forecast, costs: Costs, choice: np.ndarray, pressure: float
     ) -> Solution:
         """A choice with its plan and its predicted figures."""
         error = float(self.errors[np.arange(len(choice)), choice].sum())
         plan = plan_of(self.study, self.items, choice)
-        solution = Solution(costs, front, choice, plan, float(pressure), error, met=True)
+        solution = Solution(costs, choice, plan, float(pressure), error, met=True)
         point = predict(solution, forecast)
         predicted = {"budget": point.density, "target_psnr": point.psnr, "target_speedup": point.speedup}
         met = target.met_by(predicted[target.kind] + (0.0 if target.kind == "budget" else 1e-6))
         return replace(solution, met=met)
+
+    def alternatives(self, target: Target, forecast: Forecast) -> list[Alternative]:
+        """Every candidate in all heads, and the general presets, each in the token order that it would run in."""
+        everywhere = {str(m): np.full(len(self.items), n) for n, m in enumerate(self.study.candidates) if n}
+        found = [(name, False, choice) for name, choice in everywhere.items()]
+        for name, plan in general_presets().items():
+            choice = preset_choice(self.study, self.items, plan, self.prices[None])
+            found += [] if choice is None else [(name, True, choice)]
+        points = []
+        for name, preset, choice in found:
+            costs = self.prices.get(tile_of(self.study, plan_of(self.study, self.items, choice)), self.prices[None])
+            solution = self.solution(target, forecast, costs, choice, 0.0)
+            points.append(Alternative.of(name, preset, predict(solution, forecast)))
+        return points
 
 
 def predict(solution: Solution, forecast: Forecast) -> FrontPoint:
@@ -177,10 +191,11 @@ def _choose(
     target = study.settings.target
     solution = chooser.solve(target, forecast)
     tried: Tried = [(solution, forecast, {})]
+    held_out = HeldOut(pipe, study, shown.done)
     if study.settings.held_out:
         shown.stage("measuring the plan")
-        tried = _measured(pipe, study, chooser, solution, forecast, shown)
-    (solution, used, measured), met = _best(target, tried)
+        tried = _measured(held_out, study, chooser, solution, forecast, shown)
+    (solution, used, measured), met = best = _best(target, tried)
     predicted = predict(solution, used)
     note = "" if met else _missed(target, predicted, measured, len(tried))
     facts = calibration.of(study, recording, chooser.items, solution.choice, solution.costs)
@@ -192,17 +207,26 @@ def _choose(
         "rounds": len(tried),
     }
     plan = replace(solution.plan, calibration=calibration.tidy(facts))
-    return SearchResult(plan, _front(chooser, target, solution, used), predicted, measured, met, note)
+    front = _front(chooser, target, solution, used)
+    turn = next(n for n, entry in enumerate(tried) if entry is best[0])
+    data = {
+        **heads_of(study, recording, chooser.items, solution.choice, solution.costs),
+        "alternatives": [one.to_dict() for one in chooser.alternatives(target, used)],
+        "rounds": [{"predicted": asdict(predict(s, f)), "measured": m} for s, f, m in tried if m],
+    }
+    evidence = Evidence(data, held_out.shown(turn) if measured else ())
+    return SearchResult(plan, front, predicted, measured, met, note, evidence)
 
 
 Tried = list[tuple[Solution, Forecast, dict[str, Any]]]
 
 
-def _measured(pipe: Any, study: Study, chooser: Chooser, solution: Solution, forecast: Forecast, shown: Bar) -> Tried:
+def _measured(
+    held_out: HeldOut, study: Study, chooser: Chooser, solution: Solution, forecast: Forecast, shown: Bar
+) -> Tried:
     """Measure; while the target is missed, or PSNR lies well above it, choose again by what was learnt."""
     target = study.settings.target
     tried: Tried = []
-    held_out = HeldOut(pipe, study, shown.done)
     for turn in range(1 + REPEATS):
         measured = held_out.measure(solution.plan)
         tried.append((solution, forecast, measured))
@@ -251,6 +275,6 @@ def _front(chooser: Chooser, target: Target, solution: Solution, forecast: Forec
     for state in states.tolist():
         choice = front.choice(state)
         error = float(chooser.errors[np.arange(len(choice)), choice].sum())
-        one = replace(solution, choice=choice, pressure=float(front.pressure[state]), error=error, front=front)
+        one = replace(solution, choice=choice, pressure=float(front.pressure[state]), error=error)
         points.append(predict(one, forecast))
     return tuple(points)

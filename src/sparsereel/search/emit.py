@@ -112,7 +112,7 @@ def tile_of(study: Study, plan: AttentionPlan) -> Tile | None:
     uses: Counter[Method] = Counter(
         method
         for component in dict.fromkeys(component for component, _ in study.facts.layers)
-        for layer in _resolved(study, plan, component)
+        for layer in resolved(study, plan, component)
         for head in layer.heads
         for _, method in head
         if not isinstance(method, Full)
@@ -120,7 +120,8 @@ def tile_of(study: Study, plan: AttentionPlan) -> Tile | None:
     return best_tile(uses, grids[0]) if uses else None
 
 
-def _resolved(study: Study, plan: AttentionPlan, component: str) -> list[LayerPlan]:
+def resolved(study: Study, plan: AttentionPlan, component: str) -> list[LayerPlan]:
+    """What a plan does in every layer of a component; layers are in forward order."""
     layers = {index: facts for (name, index), facts in study.facts.layers.items() if name == component}
     # Layers that cannot be replaced have a number too.
     known = [layers.get(index) for index in range(max(layers) + 1)]

@@ -11,6 +11,7 @@ Selectors are run as they would be run, kernel and all, and their output is comp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
@@ -30,6 +31,8 @@ from sparsereel_kernels import BlockMask, sparse_attention
 SAMPLES = 96
 #: scores held at once
 MOST_NUMBERS = 2**24
+#: rows and columns of the attention picture of a head
+CELLS = 32
 #: columns of `Sums.shares`
 SHARES = ("own_frame", "near", "first_frame", "same_place")
 _GOLDEN = 0.6180339887498949
@@ -44,6 +47,8 @@ class Sums:
         energy: [H] squared length of the dense output.
         recall: [H, C] attention mass kept.
         shares: [H, 4] attention mass by place, columns as SHARES.
+        entropy: [H] of the attention of a query over the logarithm of its keys: 0 = one key, 1 = all alike.
+        picture: [H, CELLS, CELLS] attention mass by parts of the sequence, queries x keys, each CELLS-th in grid order.
         density, token_density: [H, C] of what selectors chose, times `calls`; 0 for patterns, whose density is known.
         queries: [1] sampled queries, over samples of the batch.
         calls: [1] attention calls.
@@ -53,6 +58,8 @@ class Sums:
     energy: Tensor
     recall: Tensor
     shares: Tensor
+    entropy: Tensor
+    picture: Tensor
     density: Tensor
     token_density: Tensor
     queries: Tensor
@@ -62,6 +69,7 @@ class Sums:
     def zeros(cls, heads: int, candidates: int) -> Sums:
         """Nothing seen yet."""
         wide = [(heads, candidates), (heads,), (heads, candidates), (heads, len(SHARES))]
+        wide += [(heads,), (heads, CELLS, CELLS)]
         shapes = [*wide, (heads, candidates), (heads, candidates), (1,), (1,)]
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
@@ -218,6 +226,8 @@ def _compare(
     sums.energy[part] += _sum(dense.square() * weight)
     places = masks.places(call, queries)
     sums.shares[part] += torch.stack([_sum(p * place * weight) for place in places], 1)
+    sums.entropy[part] += _sum(torch.special.entr(p).sum(-1, keepdim=True) * weight) / math.log(max(length, 2))
+    sums.picture[part] += _pooled(p * weight, queries)
     for number, method in _list(candidates):
         if isinstance(method, Full):
             sums.recall[part, number] += kept.sum().double().cpu()
@@ -236,6 +246,15 @@ def _compare(
             sparse = (held @ v) / mass.clamp_min(1e-30)[..., None]
         sums.error[part, number] += _sum((sparse - dense).square() * weight)
         sums.recall[part, number] += _sum(mass[..., None] * weight)
+
+
+def _pooled(p: Tensor, queries: Tensor) -> Tensor:
+    """[H, n, S] attention of sampled queries, added up in CELLS x CELLS parts of the sequence; fp64 on the CPU."""
+    tokens = p.shape[-1]
+    keys = (torch.arange(tokens, device=p.device) * CELLS) // tokens
+    rows = ((queries * CELLS) // tokens).to(p.device)
+    by_key = p.new_zeros(*p.shape[:2], CELLS).index_add_(2, keys, p)
+    return p.new_zeros(len(p), CELLS, CELLS).index_add_(1, rows, by_key).double().cpu()
 
 
 def _sum(x: Tensor) -> Tensor:

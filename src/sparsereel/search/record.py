@@ -26,7 +26,7 @@ from sparsereel.step import StepInfo
 from sparsereel.token_order import GENERAL_TILE, tile_order
 
 #: format of the files
-VERSION = 1
+VERSION = 2
 #: steps looked at in each stretch
 STEPS_EACH = 2
 

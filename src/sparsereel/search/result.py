@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsereel.plan import AttentionPlan
+
+if TYPE_CHECKING:
+    from sparsereel.search.evidence import Evidence
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class SearchResult:
         measured: means on the held-out prompts, by name; empty where none were held out.
         met: whether the target was reached, as measured where prompts were held out, else as predicted.
         note: one sentence on what the reader should know; may be empty.
+        evidence: what was seen on the way, for `report`.
     """
 
     plan: AttentionPlan
@@ -49,6 +53,17 @@ class SearchResult:
     measured: dict[str, Any] = field(default_factory=dict)
     met: bool = True
     note: str = ""
+    evidence: Evidence | None = field(default=None, repr=False, compare=False)
+
+    def report(self, path: str | Path) -> None:
+        """Write one HTML page that opens offline: heads, choices, the front, what was measured, clips.
+
+        Raises:
+            ValueError: the folder is not writable, or the result has no evidence.
+        """
+        from sparsereel.search.report import write_report
+
+        write_report(Path(path), self)
 
     def save(self, path: str | Path) -> None:
         """Write the plan file in one move.

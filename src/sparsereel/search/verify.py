@@ -8,9 +8,12 @@ from statistics import mean
 from typing import Any
 
 from sparsereel.generation import Clip, generate
+from sparsereel.media import Frames
 from sparsereel.plan import AttentionPlan
 from sparsereel.search.record import Study
 
+#: prompts whose clips the report shows
+SHOWN = 3
 logger = logging.getLogger("sparsereel")
 
 
@@ -22,11 +25,17 @@ class HeldOut:
         self._study = study
         self._on_step = on_step
         self._dense: dict[int, Clip] = {}
+        self._shown: list[list[tuple[str, int, Frames, Frames]]] = []
+
+    def shown(self, turn: int) -> list[tuple[str, int, Frames, Frames]]:
+        """(prompt, seed, dense frames, sparse frames) of the first SHOWN prompts in measurement `turn`."""
+        return self._shown[turn]
 
     def measure(self, plan: AttentionPlan) -> dict[str, Any]:
         """Means over the held-out prompts, and one row a prompt under "clips"."""
         settings = self._study.settings
         rows = []
+        self._shown.append([])
         for number in settings.measuring:
             request = settings.request(number)
             if number not in self._dense:
@@ -35,6 +44,9 @@ class HeldOut:
             sparse = generate(self._pipe, request, plan, backend=settings.backend)
             self._on_step(self._study.facts.steps)
             rows.append(self._row(number, self._dense[number], sparse))
+            if len(rows) <= SHOWN:
+                pair = (self._dense[number].frames, sparse.frames)
+                self._shown[-1].append((settings.prompts[number], settings.seed + number, *pair))
         names = [name for name in rows[0] if name not in ("prompt", "seed")]
         means = {name: mean(float(row[name]) for row in rows) for name in names}
         means["speedup"] = means["dense_seconds"] / means["seconds"]
