@@ -76,7 +76,7 @@ def heads_of(study: Study, recording: Recording, items: list[Item], choice: np.n
 
 def _looks(seen: list[Sums], head: int, cells: int) -> dict[str, Any]:
     queries = max(1.0, sum(float(sums.queries) for sums in seen))
-    shares = sum(sums.shares[head] for sums in seen) / queries
+    shares = torch.stack([sums.shares[head] for sums in seen]).sum(0) / queries
     entropy = sum(float(sums.entropy[head]) for sums in seen) / queries
     places = {name: float(shares[n]) for n, name in enumerate(SHARES)}
     mass = torch.stack([sums.picture[head] for sums in seen]).sum(0)
