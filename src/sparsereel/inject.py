@@ -208,6 +208,11 @@ def report(pipe_or_model: Any, *, profile: bool = False) -> Report:
     return Report(plan=plan.describe(), layers=tuple(rows))
 
 
+def is_sparsified(model: nn.Module) -> bool:
+    """Whether `sparsify` (or `extend`) is in force on this model."""
+    return isinstance(getattr(model, _ATTRIBUTE, None), Injection)
+
+
 def injection_of(model: nn.Module) -> Injection:
     """What `sparsify` put on a model.
 

@@ -37,6 +37,7 @@ from sparsereel_kernels.cost import expected_share
 
 if TYPE_CHECKING:
     from sparsereel.extend.extension import Extension
+    from sparsereel.guidance.perturbation import Perturbing
 
 logger = logging.getLogger("sparsereel")
 
@@ -89,6 +90,8 @@ class ModelRuntime(OrderSource):
         self.profile = False
         #: for recordings; None = nobody looks
         self.observer: Observer | None = None
+        #: heads that a guider perturbs in this pass; None = none
+        self.perturbing: Perturbing | None = None
         self.steps = StepSource()
         self.layers: list[SparseLayer] = []
         #: the modules of `layers`

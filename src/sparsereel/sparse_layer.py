@@ -113,15 +113,18 @@ class SparseLayer:
         layout = None if refuse else self.runtime.layer_layout(q.shape[2])
         if refuse is None and layout is None:
             refuse = self.runtime.no_layout or f"{q.shape[2]} tokens do not lie on the model's token grid"
+        perturbing = self.runtime.perturbing
         if torch.compiler.is_compiling():
+            if perturbing is not None:
+                raise RuntimeError("heads cannot be perturbed in a compiled model; run it without torch.compile")
             return self._attend_compiled(q, k, v, call, layout, refuse)
-        if not self.runtime.profile:
-            return self._attend_eager(q, k, v, call, layout, refuse)
-        start = clock(q)
+        start = clock(q) if self.runtime.profile else 0.0
         try:
-            return self._attend_eager(q, k, v, call, layout, refuse)
+            out = self._attend_eager(q, k, v, call, layout, refuse)
         finally:
-            self.tally.seconds += clock(q) - start
+            if self.runtime.profile:
+                self.tally.seconds += clock(q) - start
+        return out if perturbing is None else perturbing.apply(out, v, self.index, layout)
 
     def _attend_compiled(
         self,
