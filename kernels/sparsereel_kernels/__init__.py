@@ -8,6 +8,7 @@ from __future__ import annotations
 from .attention import sparse_attention
 from .block_mask import BlockMask
 from .errors import BackendUnavailable
+from .merge import merge_attention
 from .modifiers import FrameDecay, KeyBias
 
-__all__ = ["BackendUnavailable", "BlockMask", "FrameDecay", "KeyBias", "sparse_attention"]
+__all__ = ["BackendUnavailable", "BlockMask", "FrameDecay", "KeyBias", "merge_attention", "sparse_attention"]

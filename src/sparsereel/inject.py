@@ -95,7 +95,7 @@ class Injection:
         Raises:
             ValueError: the extension does not go with this model or plan; nothing is changed then.
         """
-        extension.check_methods(self.runtime.methods())
+        extension.check_methods(self.runtime.methods(), self.runtime.plan.compensation)
         self.handles.append(extension.install(model))
         self.runtime.extension = extension
 
@@ -109,6 +109,7 @@ class Injection:
             self.checkpoints.unwrap()
         self.runtime.steps.close()
         self.runtime.selections.clear()
+        self.runtime.residuals.held.clear()
         self.replaced.clear()
         self.handles.clear()
         if _ATTRIBUTE in vars(model):
@@ -277,6 +278,8 @@ def _check_plan(plan: AttentionPlan, models: dict[str, nn.Module]) -> None:
         heads = [family.heads(module) for _, module in layers]
         plan.check_model(family.name, type(model).__name__, len(layers), heads[0] if heads else 0)
         plan.resolve(component, [name for name, _ in layers], heads)
+        if plan.compensation is not None:
+            plan.compensation.check_model(len(layers))
 
 
 def _remove(model: nn.Module) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from sparsereel.selectors.base import Selection
+from sparsereel.compensation.base import Compensation, SparseCall
+from sparsereel.selectors.base import Selection, reorder
 from sparsereel_kernels import BlockMask, sparse_attention
 
 
@@ -34,11 +35,22 @@ class Launch:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """What one call of a layer runs. `density` and `token_density` are means over all heads."""
+    """What one call of a layer runs. `density` and `token_density` are means over all heads.
+
+    Attributes:
+        compensation: makes up for what the launches skip; None = nobody does.
+        isolated: bool [S], tokens that a compensation never averages with others.
+        residual: [B, H, S, D], added to the output.
+        layer: number of the layer.
+    """
 
     launches: tuple[Launch, ...]
     density: float
     token_density: float
+    compensation: Compensation | None = None
+    isolated: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    layer: int = 0
 
     @classmethod
     def of(cls, launches: list[Launch], heads: int) -> Choice:
@@ -64,20 +76,47 @@ def run_launches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, choice: Choi
     """
     first = choice.launches[0]
     if first.heads is None:
-        return _run(q, k, v, first, options)
-    parts = []
-    for launch in choice.launches:
-        heads = list(launch.heads or ())
-        shared = [head * k.shape[1] // q.shape[1] for head in heads]
-        parts.append(_run(q[:, heads], k[:, shared], v[:, shared], launch, options))
-    # Put the heads back in their places: the launches hold them in an order of their own.
-    numbers = [head for launch in choice.launches for head in launch.heads or ()]
-    places = torch.tensor(numbers, device=q.device).argsort()
-    return torch.cat(parts, dim=1).index_select(1, places)
+        out = _run(q, k, v, first, choice, options)
+    else:
+        parts = []
+        for launch in choice.launches:
+            heads = list(launch.heads or ())
+            shared = [head * k.shape[1] // q.shape[1] for head in heads]
+            parts.append(_run(q[:, heads], k[:, shared], v[:, shared], launch, choice, options))
+        # Put the heads back in their places: the launches hold them in an order of their own.
+        numbers = [head for launch in choice.launches for head in launch.heads or ()]
+        places = torch.tensor(numbers, device=q.device).argsort()
+        out = torch.cat(parts, dim=1).index_select(1, places)
+    return out if choice.residual is None else out + choice.residual
 
 
-def _run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, launch: Launch, options: dict[str, Any]) -> torch.Tensor:
-    if launch.selection is None or not launch.moves_tokens:
-        return sparse_attention(q, k, v, launch.mask, **options)
-    q, k, v = launch.selection.arrange(q, k, v)
-    return launch.selection.restore(sparse_attention(q, k, v, launch.mask, **options))
+def _run(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, launch: Launch, choice: Choice, options: dict[str, Any]
+) -> torch.Tensor:
+    isolated = choice.isolated
+    selection = launch.selection if launch.moves_tokens else None
+    if selection is not None:
+        q, k, v = selection.arrange(q, k, v)
+        if isolated is not None and selection.order_k is not None:
+            isolated = reorder(isolated[None, None, :, None].expand(*k.shape[:3], 1), selection.order_k)[..., 0]
+    out = _attend(q, k, v, launch.mask, choice, isolated, options)
+    return out if selection is None else selection.restore(out)
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask | None,
+    choice: Choice,
+    isolated: torch.Tensor | None,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    method = choice.compensation
+    if method is None or method.remembers or mask is None:
+        return sparse_attention(q, k, v, mask, **options)
+    scale = float(q.shape[-1] ** -0.5 if options["scale"] is None else options["scale"])
+    call = SparseCall(q, k, v, mask, scale, options["key_lengths"], isolated, choice.layer)
+    if not method.needs_lse:
+        return method.complete(call, sparse_attention(q, k, v, mask, **options), None)
+    return method.complete(call, *sparse_attention(q, k, v, mask, return_lse=True, **options))

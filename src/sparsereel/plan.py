@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
+from sparsereel.compensation.base import Compensation
 from sparsereel.patterns import AllOf, AnyOf, Full, KeepSinks, Pattern, Skip
 from sparsereel.plan_entries import (
     Choice,
@@ -60,6 +61,7 @@ class AttentionPlan:
         patterns: Named patterns, (name, pattern) pairs in order.
         components: For each component ("transformer", "unet", or a glob such as "*") its layer entries in order.
         calibration: What a search measured; plain data, carried along.
+        compensation: What makes up for skipped blocks, in every layer; None = nothing does.
     """
 
     model: ModelSpec = ModelSpec()
@@ -68,26 +70,32 @@ class AttentionPlan:
     patterns: tuple[tuple[str, Use], ...] = ()
     components: tuple[tuple[str, tuple[tuple[LayerKey, LayerEntry], ...]], ...] = ()
     calibration: dict[str, Any] = field(default_factory=dict, hash=False)
+    compensation: Compensation | None = None
 
     @classmethod
     def uniform(cls, pattern: Method, **options: Any) -> AttentionPlan:
         """The plan that uses `pattern` (or a selector) for every head of every layer at every step.
 
         Args:
-            options: Fields of `Schedule`, and `keep_sinks`.
+            options: Fields of `Schedule`, `keep_sinks` and `compensation` (an object or a name).
 
         Raises:
             ValueError: not a pattern, an unknown option.
         """
         if not isinstance(pattern, (Pattern, Selector)):
             raise ValueError(f"uniform needs a pattern or a selector, such as Radial(), got {pattern!r}")
-        keep_sinks = options.pop("keep_sinks", False)
+        others = {name: options.pop(name) for name in ("keep_sinks", "compensation") if name in options}
         valid = [f.name for f in fields(Schedule)]
         unknown = [name for name in options if name not in valid]
         if unknown:
-            raise ValueError(f"unknown plan option {unknown[0]!r}; the options are {', '.join([*valid, 'keep_sinks'])}")
+            names = ", ".join([*valid, "keep_sinks", "compensation"])
+            raise ValueError(f"unknown plan option {unknown[0]!r}; the options are {names}")
+        if isinstance(others.get("compensation"), (str, dict)):
+            from sparsereel.compensation import from_plain
+
+            others["compensation"] = from_plain(others["compensation"])
         everywhere = (("*", (("*", LayerEntry(pattern)),)),)
-        return cls(schedule=Schedule(**options), keep_sinks=keep_sinks, components=everywhere)
+        return cls(schedule=Schedule(**options), components=everywhere, **others)
 
     @classmethod
     def load(cls, path: str | Path) -> AttentionPlan:
@@ -160,7 +168,8 @@ class AttentionPlan:
                     stretches = choice.stretches if isinstance(choice, Timeline) else ((None, choice),)
                     uses |= dict.fromkeys(str(self._pattern(use)) for _, use in stretches)
         schedule = ", ".join(f"{f.name} {getattr(self.schedule, f.name)}" for f in fields(Schedule))
-        return f"{', '.join(uses) or 'full'} ({schedule})"
+        more = f"; {self.compensation}" if self.compensation is not None else ""
+        return f"{', '.join(uses) or 'full'} ({schedule}{more})"
 
     def resolve(self, component: str, layer_names: Sequence[str], heads: Sequence[int]) -> list[LayerPlan]:
         """What each layer of one component does.

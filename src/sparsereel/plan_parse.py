@@ -9,7 +9,7 @@ from dataclasses import fields
 from itertools import combinations
 from typing import Any, NoReturn
 
-from sparsereel import patterns, selectors
+from sparsereel import compensation, patterns, selectors
 from sparsereel.patterns import AllOf, AnyOf, Pattern, Skip
 from sparsereel.plan import VERSION, AttentionPlan, ModelSpec
 from sparsereel.plan_entries import (
@@ -24,10 +24,11 @@ from sparsereel.plan_entries import (
     Use,
 )
 from sparsereel.plan_file import Keys, Source
+from sparsereel.registry import lists, tuples
 from sparsereel.schedule import Schedule
 from sparsereel.selectors import Selector
 
-TOP_KEYS = ("version", "model", "schedule", "keep_sinks", "patterns", "components", "calibration")
+TOP_KEYS = ("version", "model", "schedule", "keep_sinks", "compensation", "patterns", "components", "calibration")
 MODEL_KEYS = {"family": "family", "class": "class_name", "layers": "layers", "heads": "heads"}
 WORDS = ("any", "all", "selector")
 RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
@@ -97,6 +98,7 @@ def parse_plan(data: Any, source: Source) -> AttentionPlan:
         patterns=tuple(named.items()),
         components=_parse_components(parts["components"], named) if "components" in parts else (),
         calibration=_parse_calibration(parts["calibration"]) if "calibration" in parts else {},
+        compensation=_parse_compensation(parts.get("compensation")),
     )
 
 
@@ -125,6 +127,13 @@ def _parse_flag(place: Place) -> bool:
     if not isinstance(place.value, bool):
         place.fail(f"must be true or false, got {_short(place.value)}")
     return bool(place.value)
+
+
+def _parse_compensation(place: Place | None) -> compensation.Compensation | None:
+    if place is None or place.value is None:
+        return None
+    found: compensation.Compensation = place.checked(lambda: compensation.from_plain(place.value))
+    return found
 
 
 def _parse_patterns(place: Place | None) -> dict[str, Use]:
@@ -164,13 +173,9 @@ def _make(place: Place, name: str, arguments: dict[str, Place], named: dict[str,
     if name.replace("-", "_") not in patterns.names():
         own = f"; named in this plan: {', '.join(named)}" if named else ""
         place.fail(f"unknown pattern {name!r}; the patterns are {', '.join(patterns.names())}{own}")
-    values = {key: _tuples(entry.value) for key, entry in arguments.items()}
+    values = {key: tuples(entry.value) for key, entry in arguments.items()}
     pattern: Pattern = place.checked(lambda: patterns.make(name, **values))
     return pattern
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def _combine(place: Place, kind: str, named: dict[str, Use]) -> Use:
@@ -321,6 +326,8 @@ def describe_plan(plan: AttentionPlan) -> dict[str, Any]:
         "schedule": {f.name: getattr(plan.schedule, f.name) for f in fields(Schedule)},
         "keep_sinks": plan.keep_sinks,
     }
+    if plan.compensation is not None:
+        data["compensation"] = plan.compensation.to_plain()
     if plan.patterns:
         data["patterns"] = {name: describe_use(use) for name, use in plan.patterns}
     data["components"] = {
@@ -361,9 +368,5 @@ def describe_use(use: Use) -> Any:
         return {use.name: [describe_use(part) for part in use.parts]}
     if getattr(use, "name", None) not in patterns.names():
         raise ValueError(f"{use!r} has no name in plans; those that have are {', '.join(patterns.names())}")
-    arguments = {key: _lists(value) for key, value in use.arguments().items()}
+    arguments = {key: lists(value) for key, value in use.arguments().items()}
     return {use.name: arguments} if arguments else use.name
-
-
-def _lists(value: Any) -> Any:
-    return [_lists(v) for v in value] if isinstance(value, tuple) else value

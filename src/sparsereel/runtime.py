@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsereel.compensation.cached_residual import CachedResidual, Residuals
 from sparsereel.families.base import Family, OrderSource, layout_length, named
 from sparsereel.families.diffusers_seam import blurs_queries
 from sparsereel.families.layout import Layout, decode, fixed
@@ -30,7 +31,7 @@ from sparsereel.plan_entries import Method
 from sparsereel.selectors import SelectionContext, Selector, refreshing
 from sparsereel.sparse_layer import LAYERS, SparseLayer, in_backward, one_modifier
 from sparsereel.step import StepInfo, StepSource
-from sparsereel.token_order import BLOCK, MASKS, Tile, best_tile, tile_order
+from sparsereel.token_order import BLOCK, MASKS, Tile, best_tile, outside_video, tile_order
 from sparsereel_kernels import BlockMask, FrameDecay, dispatch, run, sparse_attention
 from sparsereel_kernels.attention import mask_name
 from sparsereel_kernels.cost import expected_share
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sparsereel")
 
 #: reasons that are the plan's own wish: no warning
-_INTENDED = ("dense step of the schedule", "the plan says full")
+_DENSE_STEP = "dense step of the schedule"
+_INTENDED = (_DENSE_STEP, "the plan says full", "the compensation measures its residual")
 
 
 #: sees every eager attention call: (layer, layout, step, q, k, v, key lengths, scale), tokens in the model's order
@@ -111,14 +113,18 @@ class ModelRuntime(OrderSource):
         self._announced: set[str] = set()
         #: what selectors remember, by layer, branch and geometry
         self.selections: dict[Any, Any] = {}
+        #: what a compensation remembers, and the calls whose dense output it waits for
+        self.residuals = Residuals({})
+        self._to_measure: dict[SparseLayer, tuple[Any, int, Choice]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelRuntime:
         twin = object.__new__(ModelRuntime)
         memo[id(self)] = twin
         for key, value in vars(self).items():
             shared = key in ("model_ref", "family", "plan", "_padding")
-            fresh = key in ("selections", "chosen")
+            fresh = key in ("selections", "chosen", "_to_measure")
             setattr(twin, key, {} if fresh else value if shared else copy.deepcopy(value, memo))
+        twin.residuals = Residuals({})
         copied = memo.get(id(self.model_ref()))
         twin.model_ref = self.model_ref if copied is None else weakref.ref(copied)
         return twin
@@ -227,17 +233,94 @@ class ModelRuntime(OrderSource):
         """What this call of `layer` runs, or None for dense; counted and, when new, announced."""
         if in_backward():
             return self.repeat(layer)
+        self._to_measure.pop(layer, None)
         step, reason = self._sparse_step(layer, layout)
         choice = None
         if step is not None:
-            methods = layer.plan.at(step.index, step.total)
-            choice = self._choose(_Request(layer, methods, layout, step, q, k, key_lengths, scale))
+            asked = self._request(layer, layout, step, step.index, q, k, key_lengths, scale)
+            choice = self._choose(asked)
             reason = "the plan says full" if choice is None else self._too_dear(choice, q)
+            if choice is not None and not reason:
+                choice, reason = self._with_residual(asked, choice)
+        elif reason == _DENSE_STEP:
+            self._prepare_residual(layer, layout, q, k, key_lengths, scale)
         if choice is None or reason:
             layer.count_dense(reason)
             return None
         layer.count_sparse(choice)
         return choice
+
+    def select_padded(
+        self,
+        layer: SparseLayer,
+        layout: Layout,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        key_lengths: torch.Tensor | None,
+        scale: float | None,
+        bias: Any,
+    ) -> Choice | None:
+        """`select`, for a call whose padding may be a bias: means of blocks would hold keys that nobody may see."""
+        if bias is not None and self.plan.compensation is not None and not in_backward():
+            layer.count_dense("a compensation does not go with a padding mask whose kept keys are no prefix")
+            return None
+        return self.select(layer, layout, q, k, key_lengths, scale)
+
+    def _request(
+        self,
+        layer: SparseLayer,
+        layout: Layout,
+        step: StepInfo,
+        planned: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        key_lengths: torch.Tensor | None,
+        scale: float | None,
+    ) -> _Request:
+        """This call at this step, doing what the plan says for step `planned`."""
+        methods = layer.plan.at(planned, step.total)
+        counts = layer.has_selectors or (self.plan.compensation is not None and self.plan.compensation.remembers)
+        branch = layer.branch_at(step) if counts else ""
+        return _Request(layer, methods, layout, step, q, k, key_lengths, scale, branch)
+
+    def _with_residual(self, asked: _Request, choice: Choice) -> tuple[Choice | None, str]:
+        """The choice with what its compensation remembers; None and the reason where that has to be measured first."""
+        method = self.plan.compensation
+        if not isinstance(method, CachedResidual):
+            return choice, ""
+        residual = self.residuals.at(asked.key, asked.step.index, method.every)
+        if residual is not None:
+            return replace(choice, residual=residual), ""
+        self._to_measure[asked.layer] = (asked.key, asked.step.index, choice)
+        return None, "the compensation measures its residual"
+
+    def _prepare_residual(
+        self,
+        layer: SparseLayer,
+        layout: Layout,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        key_lengths: torch.Tensor | None,
+        scale: float | None,
+    ) -> None:
+        """At the last dense step before sparse ones: note what the next step would skip, to be measured here."""
+        step, schedule = self.step(), self.plan.schedule
+        if not isinstance(self.plan.compensation, CachedResidual) or step is None:
+            return
+        if step.index + 1 >= step.total or schedule.dense_at(step.index + 1, step.total):
+            return
+        asked = self._request(layer, layout, step, step.index + 1, q, k, key_lengths, scale)
+        choice = self._choose(asked)
+        if choice is not None and not self._too_dear(choice, q):
+            self._to_measure[layer] = (asked.key, step.index, choice)
+
+    def measure(self, layer: SparseLayer, q: Any, k: Any, v: Any, dense: torch.Tensor, options: dict[str, Any]) -> None:
+        """A dense call is done: where a compensation waits for it, remember what sparsity would have lost."""
+        waiting = self._to_measure.pop(layer, None)
+        if waiting is not None:
+            key, step, choice = waiting
+            with torch.no_grad():
+                self.residuals.hold(key, step, dense, run_launches(q, k, v, choice, **options))
 
     def repeat(self, layer: SparseLayer) -> Choice | None:
         """The choice of a call that gradient checkpointing runs again: the one that its first run saw."""
@@ -253,11 +336,12 @@ class ModelRuntime(OrderSource):
             return None, f"{tokens} tokens are fewer than the plan's min_tokens {schedule.min_tokens}"
         step = self.step()
         if step is None:
-            if schedule.needs_step or layer.plan.needs_step:
+            remembers = self.plan.compensation is not None and self.plan.compensation.remembers
+            if schedule.needs_step or layer.plan.needs_step or remembers:
                 return None, "the denoising step is unknown and the plan depends on it"
             return StepInfo(0, 1), ""
         if schedule.dense_at(step.index, step.total):
-            return None, "dense step of the schedule"
+            return None, _DENSE_STEP
         return step, ""
 
     def _choose(self, asked: _Request) -> Choice | None:
@@ -270,7 +354,6 @@ class ModelRuntime(OrderSource):
         heads = len(asked.methods)
         tile = self._tile_of(asked.layout)
         order = None if tile is None else tile_order(asked.layout, tile)
-        branch = asked.layer.branch_at(asked.step) if chosen else ""
         launches: list[Launch] = []
         if static:
             patterns = tuple(p.for_head(asked.layer.index, head) for head, p in static.items())
@@ -283,11 +366,16 @@ class ModelRuntime(OrderSource):
             launches.append(Launch(tuple(static) if chosen else None, mask))
         for selector, numbers in chosen.items():
             everyone = len(numbers) == heads
-            launches.append(self._selected(asked, selector, None if everyone else tuple(numbers), order, branch))
-        return Choice.of(launches, heads)
+            launches.append(self._selected(asked, selector, None if everyone else tuple(numbers), order))
+        choice = Choice.of(launches, heads)
+        compensation = self.plan.compensation
+        if compensation is None:
+            return choice
+        isolated = outside_video(asked.layout, tile).to(asked.q.device)
+        return replace(choice, compensation=compensation, isolated=isolated, layer=asked.layer.index)
 
     def _selected(
-        self, asked: _Request, selector: Selector, heads: tuple[int, ...] | None, order: Permutation | None, branch: str
+        self, asked: _Request, selector: Selector, heads: tuple[int, ...] | None, order: Permutation | None
     ) -> Launch:
         q, k = asked.q, asked.k
         if heads is not None:
@@ -300,7 +388,7 @@ class ModelRuntime(OrderSource):
             layer=asked.layer.index,
             step=asked.step.index,
             steps=asked.step.total,
-            branch=branch,
+            branch=asked.branch,
             key_lengths=asked.key_lengths,
             order=order,
             heads=heads,
@@ -369,6 +457,12 @@ class _Request:
     k: torch.Tensor
     key_lengths: torch.Tensor | None
     scale: float | None
+    branch: str
+
+    @property
+    def key(self) -> Any:
+        """What residuals are kept for."""
+        return self.layer.index, self.branch, self.layout, tuple(self.q.shape)
 
 
 # ------------------------------------------------------------------ ops that run when a compiled graph runs
@@ -427,7 +521,7 @@ def attend_layer(
     layer = _layer_of(slot)
     runtime = layer.runtime
     lengths, bias = runtime.key_padding(attn_mask)
-    choice = runtime.select(layer, tuple(layout), q, k, lengths, scale)
+    choice = runtime.select_padded(layer, tuple(layout), q, k, lengths, scale, bias)
     decay = runtime.decay(tuple(layout), q.device)
     modifier = one_modifier(bias, decay)
     options: dict[str, Any] = {
@@ -439,6 +533,7 @@ def attend_layer(
     if choice is None:
         mask = None if decay is None else runtime.dense_mask(tuple(layout), q.device)
         out = sparse_attention(q, k, v, mask, **options)
+        runtime.measure(layer, q, k, v, out, options)
     else:
         layer.note_backend(q, k, v, choice)
         out = run_launches(q, k, v, choice, **options)

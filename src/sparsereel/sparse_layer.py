@@ -138,7 +138,8 @@ class SparseLayer:
         if refuse is not None or layout is None:
             torch.ops.sparsereel.note_dense(self.slot, refuse or "")
             return call.dense()
-        if self.has_selectors or self.runtime.decay(layout, q.device) is not None:
+        compensated = self.runtime.plan.compensation is not None
+        if self.has_selectors or compensated or self.runtime.decay(layout, q.device) is not None:
             padding = call.attn_mask
             return torch.ops.sparsereel.attend_layer(self.slot, q, k, v, padding, call.scale, list(layout))
         name = torch.ops.sparsereel.select_mask(self.slot, q, k, list(layout))
@@ -166,7 +167,7 @@ class SparseLayer:
         lengths, bias = runtime.key_padding(call.attn_mask)
         if runtime.observer is not None and layout is not None and bias is None and not again:
             runtime.observer(self, layout, runtime.step(), q, k, v, lengths, call.scale)
-        choice = runtime.select(self, layout or (), q, k, lengths, call.scale)
+        choice = runtime.select_padded(self, layout or (), q, k, lengths, call.scale, bias)
         options: dict[str, Any] = {
             "scale": call.scale,
             "key_lengths": lengths,
@@ -178,9 +179,10 @@ class SparseLayer:
             return run_launches(q, k, v, choice, **options)
         if decay is not None:
             return sparse_attention(q, k, v, runtime.dense_mask(layout or (), q.device), **options)
-        if call.free_choice and runtime.own_dense(q):
-            return sparse_attention(q, k, v, **options)
-        return call.dense()
+        own = call.free_choice and runtime.own_dense(q)
+        out = sparse_attention(q, k, v, **options) if own else call.dense()
+        runtime.measure(self, q, k, v, out, options)
+        return out
 
     def branch_at(self, step: StepInfo) -> str:
         """Which of the calls at this step this is: guidance branches are calls of their own, in a fixed order."""

@@ -33,6 +33,13 @@ def tile_order(layout: Layout, tile: Tile) -> Permutation:
     return decode(layout).tile_order(tile)
 
 
+@lru_cache(maxsize=64)
+def outside_video(layout: Layout, tile: Tile | None) -> torch.Tensor:
+    """bool (S,): text and conditions, in the order of the call's tokens."""
+    outside = decode(layout).video_index() < 0
+    return outside if tile is None else outside[tile_order(layout, tile).indices]
+
+
 def best_tile(methods: Mapping[Method, int], grid: TokenGrid) -> Tile | None:
     """The tile whose order visits the fewest blocks, or None for the model's own order.
 

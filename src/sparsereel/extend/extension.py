@@ -97,12 +97,18 @@ class Extension:
             return None
         return self.first_frame if self.concerns(tokens) else None
 
-    def check_methods(self, methods: Any) -> None:
+    def check_methods(self, methods: Any, compensation: Any = None) -> None:
         """Refuse what cannot be combined.
 
         Raises:
-            ValueError: UltraViCo with a selector, which scores logits that UltraViCo changes and may move tokens.
+            ValueError: UltraViCo with a selector, which scores logits that UltraViCo changes and may move tokens, or
+                with a compensation, which estimates them.
         """
+        if self.recipe.decay is not None and compensation is not None:
+            raise ValueError(
+                f"ultravico does not combine with the compensation of this plan ({compensation}); "
+                "take it out of the plan, or choose method='riflex', 'yarn', 'ntk', 'pi' or 'plain'"
+            )
         selectors = sorted({str(method) for method in methods if not isinstance(method, Pattern)})
         if self.recipe.decay is not None and selectors:
             raise ValueError(

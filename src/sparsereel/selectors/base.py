@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparsereel.grid import Permutation, TokenGrid
 from sparsereel.patterns import arguments
+from sparsereel.registry import lists
 from sparsereel.selectors import checks
 from sparsereel.selectors.assemble import to_block_mask
 from sparsereel.selectors.partition import Partition, over_heads
@@ -197,7 +198,7 @@ class Selector:
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain data for plans: `{selector: name, ...arguments}`; `from_mapping` gives the selector back."""
-        return {"selector": self.name, **{k: _plain(v) for k, v in self.arguments().items()}}
+        return {"selector": self.name, **{k: lists(v) for k, v in self.arguments().items()}}
 
     def __str__(self) -> str:
         """Short form for tables: the name and the arguments that differ from their defaults."""
@@ -224,7 +225,3 @@ def ordered_fields(cls: type[Any]) -> list[Any]:
     """Fields in the order of documentation: those of the method, then those that all selectors have."""
     common = [f.name for f in fields(Selector)]
     return sorted(fields(cls), key=lambda f: f.name in common)
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value

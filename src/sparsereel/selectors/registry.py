@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING
 from typing import Any
 
+from sparsereel.registry import Registry, tuples
 from sparsereel.selectors.adaspa import Adaspa
 from sparsereel.selectors.anchor import Anchor
 from sparsereel.selectors.base import Selector, ordered_fields
@@ -40,31 +40,9 @@ CLASSES: tuple[type[Any], ...] = (
 )
 
 
-def names() -> tuple[str, ...]:
-    """The names that `make` knows."""
-    return tuple(cls.name for cls in CLASSES)
-
-
-def make(name: str, **arguments: Any) -> Selector:
-    """The selector `name` with these arguments; hyphen and underscore are alike.
-
-    Raises:
-        ValueError: unknown name, unknown or missing arguments (the valid ones are listed), values out of range.
-    """
-    cls = next((cls for cls in CLASSES if cls.name == str(name).replace("-", "_")), None)
-    if cls is None:
-        raise ValueError(f"unknown selector {name!r}; the selectors are {', '.join(names())}")
-    known = ordered_fields(cls)
-    unknown = [argument for argument in arguments if argument not in [f.name for f in known]]
-    missing = [f.name for f in known if f.default is MISSING and f.name not in arguments]
-    if unknown or missing:
-        problem = f"has no argument {unknown[0]!r}" if unknown else f"needs the argument {missing[0]!r}"
-        raise ValueError(f"selector {cls.name} {problem}; its arguments are: {_signature(cls)}")
-    try:
-        selector: Selector = cls(**arguments)
-    except ValueError as error:
-        raise ValueError(f"selector {cls.name}: {error}") from None
-    return selector
+REGISTRY: Registry[Selector] = Registry("selector", CLASSES, ordered_fields)
+names = REGISTRY.names
+make = REGISTRY.make
 
 
 def from_mapping(mapping: Mapping[str, Any]) -> Selector:
@@ -73,15 +51,7 @@ def from_mapping(mapping: Mapping[str, Any]) -> Selector:
     Raises:
         ValueError: no name; what `make` refuses.
     """
-    arguments = {str(key): _tuples(value) for key, value in mapping.items()}
+    arguments = {str(key): tuples(value) for key, value in mapping.items()}
     if not isinstance(arguments.get("selector"), str):
         raise ValueError(f"a selector needs its name, such as selector: {names()[0]}, got {dict(mapping)!r}")
     return make(arguments.pop("selector"), **arguments)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
-
-
-def _signature(cls: type[Any]) -> str:
-    return ", ".join(f.name if f.default is MISSING else f"{f.name}={f.default}" for f in ordered_fields(cls))
