@@ -19,6 +19,7 @@ from sparsereel.inject import report, restore, sparsified, sparsify
 from sparsereel.plan import AttentionPlan
 from sparsereel.report import LayerReport, Report
 from sparsereel.search import search
+from sparsereel.stream import stream
 from sparsereel_kernels import BackendUnavailable, BlockMask, FrameDecay, KeyBias, sparse_attention
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ __all__ = [
     "sparse_attention",
     "sparsified",
     "sparsify",
+    "stream",
 ]
 
 

@@ -24,6 +24,18 @@ def tiny() -> ModuleType:
     return sys.modules[name]
 
 
+@pytest.fixture(scope="session")
+def streams() -> ModuleType:
+    """The module tiny_streams.py."""
+    name = "sparsereel_tiny_streams"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("tiny_streams.py"))
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Tiny tensors on one thread: on a busy machine the hand-over between threads costs 100 times the arithmetic."""
