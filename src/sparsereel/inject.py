@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sparsereel.checkpointing import Checkpoints
+from sparsereel.extend import on_pipeline
 from sparsereel.families import Family, diffusers_seam, find, models_of
 from sparsereel.patterns.base import Pattern
 from sparsereel.plan import AttentionPlan
@@ -96,7 +97,7 @@ class Injection:
             ValueError: the extension does not go with this model or plan; nothing is changed then.
         """
         extension.check_methods(self.runtime.methods(), self.runtime.plan.compensation)
-        self.handles.append(extension.install(model))
+        self.handles += extension.install(model, self.runtime)
         self.runtime.extension = extension
 
     def remove(self, model: nn.Module) -> None:
@@ -173,6 +174,7 @@ def restore(pipe_or_model: Any) -> None:
     """
     for model in models_of(pipe_or_model).values():
         _remove(model)
+    on_pipeline.remove(pipe_or_model)
 
 
 @contextmanager

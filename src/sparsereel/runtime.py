@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsereel.compensation.cached_residual import CachedResidual, Residuals
+from sparsereel.extend.change import Where
 from sparsereel.families.base import Family, OrderSource, layout_length, named
 from sparsereel.families.diffusers_seam import blurs_queries
 from sparsereel.families.layout import Layout, decode, fixed
@@ -30,13 +31,14 @@ from sparsereel.plan import AttentionPlan
 from sparsereel.plan_entries import Method
 from sparsereel.selectors import SelectionContext, Selector, refreshing
 from sparsereel.sparse_layer import LAYERS, SparseLayer, in_backward, one_modifier
-from sparsereel.step import StepInfo, StepSource
+from sparsereel.step import StepInfo, StepSource, seed_of
 from sparsereel.token_order import BLOCK, MASKS, Tile, best_tile, outside_video, tile_order
-from sparsereel_kernels import BlockMask, FrameDecay, dispatch, run, sparse_attention
+from sparsereel_kernels import dispatch, run, sparse_attention
 from sparsereel_kernels.attention import mask_name
 from sparsereel_kernels.cost import expected_share
 
 if TYPE_CHECKING:
+    from sparsereel.extend.change import Change
     from sparsereel.extend.extension import Extension
     from sparsereel.guidance.perturbation import Perturbing
 
@@ -107,8 +109,10 @@ class ModelRuntime(OrderSource):
         #: whether the family can put tokens in tile order; set when its hooks are installed
         self.orders_tokens = False
         self._tiles: dict[Layout, Tile | None] = {}
+        self._layouts: dict[Layout, set[Layout]] = {}
         self._step: StepInfo | None = None
         self._step_known = False
+        self._seed: int | None = None
         self._padding: tuple[torch.Tensor, int, torch.Tensor | None] | None = None
         self._announced: set[str] = set()
         #: what selectors remember, by layer, branch and geometry
@@ -142,6 +146,7 @@ class ModelRuntime(OrderSource):
         self.tile = self._tile_for(fixed(layout)) if ordered and layout is not None else None
         if not torch.compiler.is_compiling():
             self._step_known = False
+            self._seed = None
             self._padding = None
             self.chosen = {}
             for layer in self.layers:
@@ -198,15 +203,26 @@ class ModelRuntime(OrderSource):
         heads = [head for layer in self.layers for head in layer.plan.heads]
         return Counter(method for head in heads for _, method in head if not isinstance(method, Full))
 
-    def decay(self, layout: Layout, device: torch.device) -> FrameDecay | None:
-        """What an extension changes in the logits of a call with this layout; None where it changes nothing."""
-        return None if self.extension is None else self.extension.modifier(layout, self._tile_of(layout), device)
+    def change(self, layer: SparseLayer, layout: Layout, device: torch.device) -> Change | None:
+        """What an extension changes in a call of this layer; None where it changes nothing."""
+        if self.extension is None:
+            return None
+        if self.layout is not None:
+            self._layouts.setdefault(self.layout, set()).add(layout)
+        where = Where(layer.name, layer.index, layout, self.layout or layout, self.tile_of(layout), device)
+        return self.extension.change(where, self)
 
-    def dense_mask(self, layout: Layout, device: torch.device) -> BlockMask | None:
-        """What a dense call may see under an extension; None = everything."""
-        return None if self.extension is None else self.extension.dense_mask(layout, self._tile_of(layout), device)
+    @property
+    def layouts_seen(self) -> set[Layout]:
+        """Layouts of the layers that ran so far in any call of this size; U-Nets have one a level."""
+        return self._layouts.get(self.layout, set()) if self.layout is not None else set()
 
-    def _tile_of(self, layout: Layout) -> Tile | None:
+    def may_change(self, layout: Layout) -> bool:
+        """Whether an extension may change attention in the call in progress."""
+        return self.extension is not None and self.extension.touches_attention(self.layout or layout)
+
+    def tile_of(self, layout: Layout) -> Tile | None:
+        """The token order of a layer with this layout in the call in progress; None = grid order."""
         return self.tile if layout == self.layout else None
 
     # -------------------------------------------------------------- choice
@@ -220,6 +236,13 @@ class ModelRuntime(OrderSource):
             self._step = self.steps.current(model)
             self._step_known = True
         return self._step
+
+    def seed(self) -> int:
+        """Seed of the generator that the pipeline in progress draws from; looked up once a forward."""
+        model = self.model_ref()
+        if self._seed is None and model is not None:
+            self._seed = seed_of(model)
+        return self._seed or 0
 
     def select(
         self,
@@ -352,13 +375,14 @@ class ModelRuntime(OrderSource):
             if isinstance(method, Selector):
                 chosen.setdefault(method, []).append(head)
         heads = len(asked.methods)
-        tile = self._tile_of(asked.layout)
+        tile = self.tile_of(asked.layout)
         order = None if tile is None else tile_order(asked.layout, tile)
         launches: list[Launch] = []
         if static:
             patterns = tuple(p.for_head(asked.layer.index, head) for head, p in static.items())
-            if self.extension is not None:
-                patterns = tuple(self.extension.head_pattern(p, asked.layout) for p in patterns)
+            change = self.change(asked.layer, asked.layout, asked.q.device)
+            if change is not None:
+                patterns = tuple(change.within(p) for p in patterns)
             grid = decode(asked.layout)
             mask = MASKS.get(patterns, grid, block=BLOCK, device=asked.q.device, layer=asked.layer.index, order=order)
             if mask is None and not chosen:
@@ -522,20 +546,23 @@ def attend_layer(
     runtime = layer.runtime
     lengths, bias = runtime.key_padding(attn_mask)
     choice = runtime.select_padded(layer, tuple(layout), q, k, lengths, scale, bias)
-    decay = runtime.decay(tuple(layout), q.device)
-    modifier = one_modifier(bias, decay)
+    change = runtime.change(layer, tuple(layout), q.device)
+    modifier = one_modifier(bias, None if change is None else change.modifier)
     options: dict[str, Any] = {
         "scale": scale,
         "key_lengths": lengths,
         "modifier": modifier,
         "backend": runtime.backend,
     }
-    if choice is None:
-        mask = None if decay is None else runtime.dense_mask(tuple(layout), q.device)
-        out = sparse_attention(q, k, v, mask, **options)
+    if choice is not None:
+        layer.note_backend(q, k, v, choice)
+    if change is not None:
+        layer.note_change(change, choice, tuple(layout), runtime.tile_of(tuple(layout)), q)
+        out = change.run(q, k, v, choice, tuple(layout), runtime.tile_of(tuple(layout)), options)
+    elif choice is None:
+        out = sparse_attention(q, k, v, None, **options)
         runtime.measure(layer, q, k, v, out, options)
     else:
-        layer.note_backend(q, k, v, choice)
         out = run_launches(q, k, v, choice, **options)
     return out.contiguous()
 

@@ -20,7 +20,9 @@ from sparsereel.step import StepInfo
 from sparsereel_kernels import BlockMask, FrameDecay, KeyBias, dispatch, run, sparse_attention
 
 if TYPE_CHECKING:
+    from sparsereel.extend.change import Change
     from sparsereel.runtime import ModelRuntime
+    from sparsereel.token_order import Tile
 
 #: layers by slot number; compiled graphs name layers by it
 LAYERS: weakref.WeakValueDictionary[int, SparseLayer] = weakref.WeakValueDictionary()
@@ -139,7 +141,7 @@ class SparseLayer:
             torch.ops.sparsereel.note_dense(self.slot, refuse or "")
             return call.dense()
         compensated = self.runtime.plan.compensation is not None
-        if self.has_selectors or compensated or self.runtime.decay(layout, q.device) is not None:
+        if self.has_selectors or compensated or self.runtime.may_change(layout):
             padding = call.attn_mask
             return torch.ops.sparsereel.attend_layer(self.slot, q, k, v, padding, call.scale, list(layout))
         name = torch.ops.sparsereel.select_mask(self.slot, q, k, list(layout))
@@ -161,8 +163,8 @@ class SparseLayer:
         if not again and (refuse is not None or layout is None):
             self.count_dense(refuse or "")
             return call.dense()
-        decay = None if refuse is not None or layout is None else runtime.decay(layout, q.device)
-        if again and runtime.repeat(self) is None and decay is None:
+        change = None if refuse is not None or layout is None else runtime.change(self, layout, q.device)
+        if again and runtime.repeat(self) is None and change is None:
             return call.dense()
         lengths, bias = runtime.key_padding(call.attn_mask)
         if runtime.observer is not None and layout is not None and bias is None and not again:
@@ -171,14 +173,18 @@ class SparseLayer:
         options: dict[str, Any] = {
             "scale": call.scale,
             "key_lengths": lengths,
-            "modifier": one_modifier(bias, decay),
+            "modifier": one_modifier(bias, None if change is None else change.modifier),
             "backend": runtime.backend,
         }
         if choice is not None:
             self.note_backend(q, k, v, choice)
+        if change is not None and layout is not None:
+            tile = runtime.tile_of(layout)
+            if not again:
+                self.note_change(change, choice, layout, tile, q)
+            return change.run(q, k, v, choice, layout, tile, options)
+        if choice is not None:
             return run_launches(q, k, v, choice, **options)
-        if decay is not None:
-            return sparse_attention(q, k, v, runtime.dense_mask(layout or (), q.device), **options)
         own = call.free_choice and runtime.own_dense(q)
         out = sparse_attention(q, k, v, **options) if own else call.dense()
         runtime.measure(self, q, k, v, out, options)
@@ -197,6 +203,15 @@ class SparseLayer:
         needs_gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         problem = run.problem_of(q, k, v, mask, None, None, run.Wants(backward=needs_gradients))
         self.tally.backend = dispatch.choose(self.runtime.backend, problem, mask).name
+
+    def note_change(
+        self, change: Change, choice: Choice | None, layout: Layout, tile: Tile | None, q: torch.Tensor
+    ) -> None:
+        """A call that the plan leaves dense sees only its extension's window: correct what was counted for it."""
+        if choice is None and change.pattern is not None:
+            density, token_density = change.densities(layout, tile, q)
+            self.tally.density += density - 1
+            self.tally.token_density += token_density - 1
 
     def count_dense(self, reason: str) -> None:
         """A call stays dense for `reason`."""

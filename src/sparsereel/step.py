@@ -52,6 +52,10 @@ class StepSource:
         if scheduler is not None and not hasattr(scheduler, "step_index"):
             self._counters.append(_StepCounter.on(scheduler))
 
+    def pipelines(self) -> list[Any]:
+        """The pipelines that were registered and still live."""
+        return [pipe for ref in self._pipes if (pipe := ref()) is not None]
+
     def close(self) -> None:
         """Undo what `register` did to schedulers."""
         for counter in self._counters:
@@ -180,3 +184,12 @@ def _step_of_loop(timesteps: torch.Tensor, frame: FrameType) -> StepInfo | None:
     # PNDM visits a timestep twice; loops count in `i`.
     count = frame.f_locals.get("i")
     return StepInfo(count, len(run)) if isinstance(count, int) and count in hits else None
+
+
+def seed_of(model: torch.nn.Module) -> int:
+    """Seed of the generator that the pipeline in progress was called with; 0 where it was given none."""
+    frame = _pipeline_frame(model)
+    generator = None if frame is None else frame.f_locals.get("generator")
+    if isinstance(generator, list | tuple) and generator:
+        generator = generator[0]
+    return generator.initial_seed() if isinstance(generator, torch.Generator) else 0

@@ -98,9 +98,9 @@ def test_what_cannot_work_is_refused_and_leaves_no_trace(pipe, asked, text):
 
 def test_other_families(tiny):
     cog, _ = tiny.cogvideox_pipe(FlowMatchEulerDiscreteScheduler())
-    with pytest.raises(ValueError, match="does not know the family 'cogvideox'; it knows: wan, hunyuan_video"):
+    with pytest.raises(ValueError, match="does not know the family 'cogvideox'; it knows: wan, hunyuan_video, stab"):
         sparsereel.extend(cog, frames=2.0)
-    with pytest.raises(ValueError, match="needs a diffusers video pipeline"):
+    with pytest.raises(ValueError, match="needs a diffusers pipeline of videos"):
         sparsereel.extend(tiny.CASES["wan"].model(), frames=2.0)
 
 
@@ -135,15 +135,15 @@ def test_automatic_choice(pipe, asked, recipe):
 
 @pytest.mark.parametrize("method", METHODS["wan"])
 def test_ratio_one_native_calls_and_restore_are_bit_identical(pipe, forward, method):
-    native, long = forward(pipe, TRAINED), forward(pipe, 10)
+    native, long = forward(pipe, TRAINED), forward(pipe, 10, 24, 24)
     sparsereel.extend(pipe, frames=1.0, height=1.0, width=1.0, method=method)
     assert torch.equal(forward(pipe, TRAINED), native)
-    sparsereel.extend(pipe, frames=2.0, method=method)
+    sparsereel.extend(pipe, frames=2.0, height=1.5, width=1.5, method=method)
     assert torch.equal(forward(pipe, TRAINED), native)
-    assert torch.equal(forward(pipe, 10), long) == (method == "plain")
+    assert torch.equal(forward(pipe, 10, 24, 24), long) == (method == "plain")
     sparsereel.restore(pipe)
     assert torch.equal(forward(pipe, TRAINED), native)
-    assert torch.equal(forward(pipe, 10), long)
+    assert torch.equal(forward(pipe, 10, 24, 24), long)
     assert "forward" not in vars(pipe.transformer.rope)
 
 

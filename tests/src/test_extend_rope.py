@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
-from sparsereel.extend.extension import Extension, WanTables, known
+from sparsereel.extend.extension import Extension
 from sparsereel.extend.recipes import Recipe
 from sparsereel.extend.rope import (
     NTK,
@@ -21,6 +21,7 @@ from sparsereel.extend.rope import (
     plain_frequencies,
 )
 from sparsereel.extend.sizes import Scale, Sizes
+from sparsereel.extend.tables import WanTables, known
 
 POLICIES = [RopePolicy(), PositionInterpolation(), NTK(), YaRN(), RIFLEx()]
 #: axes of real models: (channels, base, trained)

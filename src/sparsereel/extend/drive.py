@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsereel.extend import recipes, sizes
+from sparsereel.extend import on_pipeline, recipes, sizes
 from sparsereel.extend.extension import Extension
 from sparsereel.families import find, models_of
 from sparsereel.inject import Injection, PlanLike, restore, sparsify
@@ -83,6 +83,7 @@ def run_extend(
             assert injection is not None
             injection.runtime.dense_as_found = resolved is None
             injection.extend(model, extensions[name])
+            on_pipeline.install(pipe, model, extensions[name])
     except BaseException:
         restore(pipe)
         raise
@@ -130,7 +131,8 @@ def notes_of(models: dict[str, nn.Module], wanted: sizes.Sizes, recipe: recipes.
         notes.append("no axis is longer than trained: calls run as without extend")
     elif longest > 4:
         notes.append(f"{longest:g} times the trained length is beyond the 4x for which any method here was published")
-    if any(ratio > 1 for ratio in wanted.ratios[1:]) and recipe.space == recipes.PLAIN:
+    larger = any(ratio > 1 for ratio in wanted.ratios[1:])
+    if larger and recipe == recipes.Recipe(time=recipe.time, decay=recipe.decay):
         notes.append("rows and columns are extrapolated plainly")
     rope = getattr(next(iter(models.values())), "rope", None)
     if wanted.ratios[0] > 1 and rope is not None and recipe.time.name == "riflex":
@@ -139,8 +141,8 @@ def notes_of(models: dict[str, nn.Module], wanted: sizes.Sizes, recipe: recipes.
 
 
 def _riflex_note(rope: Any, wanted: sizes.Sizes, recipe: recipes.Recipe) -> str:
-    from sparsereel.extend.extension import WAN_BASE, known
     from sparsereel.extend.rope import RIFLEx
+    from sparsereel.extend.tables import WAN_BASE, known
 
     policy = known(recipe.time, rope.t_dim)
     assert isinstance(policy, RIFLEx)

@@ -1,30 +1,34 @@
 """An extension at work on one model: which calls it concerns, and what it changes in them.
 
-It lives in the model's `ModelRuntime` and, for Wan, in the instance's own `rope.forward`; classes and buffers of
+It lives in the model's `ModelRuntime`, in hooks, and in attributes of single instances; classes and buffers of
 diffusers stay untouched. A call of another size than the wanted one runs as if there were no extension.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sparsereel.extend.recipes import INTRINSIC, PLAIN, Recipe
-from sparsereel.extend.rope import RIFLEx, RopePolicy, axis_table, plain_frequencies
+from sparsereel.extend import tables
+from sparsereel.extend.change import Change, Where
+from sparsereel.extend.recipes import Recipe
+from sparsereel.extend.rope import RopePolicy
 from sparsereel.extend.sizes import Sizes, Triple
 from sparsereel.extend.ultravico import FirstFrame
 from sparsereel.families.layout import Layout, decode
 from sparsereel.patterns.base import Pattern
-from sparsereel.token_order import BLOCK, MASKS, Tile, tile_order
-from sparsereel_kernels import BlockMask, FrameDecay
+from sparsereel.token_order import tile_order
+from sparsereel_kernels import FrameDecay
+
+if TYPE_CHECKING:
+    from sparsereel.runtime import ModelRuntime
 
 logger = logging.getLogger("sparsereel")
 
-#: `WanTransformer3DModel` has no setting for it
-WAN_BASE = 1e4
+NOTHING = Change()
 
 
 class Extension:
@@ -64,75 +68,90 @@ class Extension:
                 ", ".join(f"{name}={value}" for name, value in self.sizes.arguments.items()),
             )
 
-    def modifier(self, layout: Layout, tile: Tile | None, device: torch.device) -> FrameDecay | None:
-        """The change to the logits of a call with this layout and token order; None where there is none."""
-        decay = self.recipe.decay
-        tokens = _video(layout)
-        if decay is None or tokens is None or tokens[0] <= self.sizes.trained_tokens[0] or not self.concerns(tokens):
+    def touches_attention(self, layout: Layout | None) -> bool:
+        """Whether attention calls of a model call with this layout may be changed at all."""
+        tokens = None if layout is None else video_of(layout)
+        return self.recipe.in_attention and tokens is not None and self.concerns(tokens)
+
+    def change(self, where: Where, runtime: ModelRuntime) -> Change | None:
+        """What is changed in one attention call; None where nothing is."""
+        if not self.touches_attention(where.call):
             return None
-        key = (layout, tile, device)
+        recipe, tokens = self.recipe, video_of(where.call)
+        assert tokens is not None
+        pattern = self._pattern(where, tokens, runtime)
+        scale = 1.0 if recipe.temper is None else recipe.temper.factor(tokens, self.sizes.trained_tokens, pattern)
+        mixer = None if recipe.mixer is None else recipe.mixer.at(where, runtime)
+        if mixer is not None and mixer.dense_only and pattern is not None:
+            mixer = None
+        change = Change(self._modifier(where, tokens), pattern, scale, mixer)
+        return None if change == NOTHING else change
+
+    def _pattern(self, where: Where, tokens: Triple, runtime: ModelRuntime) -> Pattern | None:
+        trained = self.sizes.trained_tokens
+        rule: Pattern | None = None
+        if self.first_frame is not None and tokens[0] > self.first_frame.trained:
+            rule = self.first_frame
+        if self.recipe.window is not None:
+            window = self.recipe.window.pattern(tokens, trained, where.index)
+            rule = window if rule is None else rule if window is None else rule & window
+        if self.recipe.unet is not None:
+            window = self.recipe.unet.window(where, runtime)
+            rule = window if rule is None else rule if window is None else rule & window
+        return rule
+
+    def _modifier(self, where: Where, tokens: Triple) -> FrameDecay | None:
+        decay, trained = self.recipe.decay, self.sizes.trained_tokens[0]
+        if decay is None or tokens[0] <= trained:
+            return None
+        key = (where.layout, where.tile, where.device)
         if key not in self._decays:
-            order = None if tile is None else tile_order(layout, tile)
-            trained = self.sizes.trained_tokens[0]
+            order = None if where.tile is None else tile_order(where.layout, where.tile)
             # Kept for later calls, which may want gradients.
             with torch.inference_mode(False):
-                self._decays = {key: decay.modifier(decode(layout), trained, order, device)}
+                self._decays = {key: decay.modifier(decode(where.layout), trained, order, where.device)}
         return self._decays[key]
-
-    def head_pattern(self, pattern: Pattern, layout: Layout) -> Pattern:
-        """A head's pattern in a call with this layout: its own, less what the extension forbids."""
-        return pattern if self._rule(layout) is None else self._rule(layout).within(pattern)  # type: ignore[union-attr]
-
-    def dense_mask(self, layout: Layout, tile: Tile | None, device: torch.device) -> BlockMask | None:
-        """What a dense call with this layout may see; None = everything."""
-        rule = self._rule(layout)
-        if rule is None:
-            return None
-        order = None if tile is None else tile_order(layout, tile)
-        return MASKS.get((rule,), decode(layout), block=BLOCK, device=device, order=order)
-
-    def _rule(self, layout: Layout) -> FirstFrame | None:
-        tokens = _video(layout)
-        if self.first_frame is None or tokens is None or tokens[0] <= self.first_frame.trained:
-            return None
-        return self.first_frame if self.concerns(tokens) else None
 
     def check_methods(self, methods: Any, compensation: Any = None) -> None:
         """Refuse what cannot be combined.
 
         Raises:
-            ValueError: UltraViCo with a selector, which scores logits that UltraViCo changes and may move tokens, or
-                with a compensation, which estimates them.
+            ValueError: UltraViCo with a selector, which scores logits that UltraViCo changes and may move tokens; a
+                window with a selector, which would choose what the window forbids; either with a compensation, which
+                estimates what the plan leaves out of plain attention.
         """
-        if self.recipe.decay is not None and compensation is not None:
+        if not self.recipe.in_attention:
+            return
+        name = "ultravico" if self.recipe.decay is not None else self.recipe.describe()
+        if compensation is not None:
             raise ValueError(
-                f"ultravico does not combine with the compensation of this plan ({compensation}); "
-                "take it out of the plan, or choose method='riflex', 'yarn', 'ntk', 'pi' or 'plain'"
+                f"{name} does not combine with the compensation of this plan ({compensation}); "
+                "take it out of the plan, or choose a method that leaves attention alone, such as 'plain'"
             )
         selectors = sorted({str(method) for method in methods if not isinstance(method, Pattern)})
-        if self.recipe.decay is not None and selectors:
+        if selectors:
             raise ValueError(
-                f"ultravico combines with patterns, not with the selectors of this plan ({', '.join(selectors)}); "
-                "choose another plan, or method='riflex', 'yarn', 'ntk', 'pi' or 'plain'"
+                f"{name} combines with patterns, not with the selectors of this plan ({', '.join(selectors)}); "
+                "choose another plan, or a method that leaves attention alone, such as 'plain'"
             )
 
-    # -------------------------------------------------------------- rotary tables
+    # -------------------------------------------------------------- what else is changed on the model
 
-    def install(self, model: nn.Module) -> Any:
-        """Put the rotary tables in; returns a handle with `.remove()`.
+    def install(self, model: nn.Module, runtime: ModelRuntime) -> list[Any]:
+        """Everything outside of the attention calls; returns handles with `.remove()`.
 
         Raises:
-            ValueError: the model's tables are not those that the policies are defined on.
+            ValueError: the recipe does not go with this model; nothing is changed then.
         """
-        rope = getattr(model, "rope", None)
-        if type(rope).__name__ != "WanRotaryPosEmbed":
-            return _Nothing()
-        tables = WanTables(rope, self)
-        if not tables.known():
-            if self.recipe.time == self.recipe.space == PLAIN:
-                return _Nothing()
-            raise ValueError("this model's rotary tables are not Wan's (base 10000), so their frequencies stay")
-        return tables.install()
+        handles = [tables.install(model, self)]
+        try:
+            for part in self.recipe.on_model:
+                handles += part.install(model, self, runtime)
+        except BaseException:
+            for handle in handles:
+                handle.remove()
+            raise
+        return handles
 
     def policies(self, tokens: Triple) -> tuple[RopePolicy, RopePolicy, RopePolicy] | None:
         """Policies of the three axes for a call with so many tokens along each; None where nothing changes."""
@@ -142,89 +161,9 @@ class Extension:
         return a, b, c
 
 
-def _video(layout: Layout) -> Triple | None:
+def video_of(layout: Layout) -> Triple | None:
+    """Frames, rows and columns of the first segment on a grid, in tokens."""
     for start in range(0, len(layout), 4):
-        if layout[start] == 0:
+        if layout[start] < 2:
             return layout[start + 1], layout[start + 2], layout[start + 3]
     return None
-
-
-class _Nothing:
-    def remove(self) -> None:
-        """Nothing was changed."""
-
-
-class WanTables:
-    """Stands in for the forward of one `WanRotaryPosEmbed`: tables of any length, with the policies' frequencies."""
-
-    def __init__(self, rope: Any, extension: Extension) -> None:
-        self.rope = rope
-        self.extension = extension
-        self._found: tuple[Any, tuple[Tensor, Tensor]] | None = None
-
-    def install(self) -> WanTables:
-        """Shadow the class's forward on this instance.
-
-        Raises:
-            ValueError: somebody else did so before.
-        """
-        if "forward" in vars(self.rope):
-            raise ValueError("another library has replaced this model's rotary embedding; remove that first")
-        # A bound method is copied together with the model, unlike a closure.
-        self.rope.forward = self.forward
-        return self
-
-    def remove(self) -> None:
-        """Leave the instance as it was."""
-        vars(self.rope).pop("forward", None)
-
-    def known(self) -> bool:
-        """Whether the tables are those that the policies are defined on."""
-        known = torch.cat([axis_table(plain_frequencies(dim, WAN_BASE), 2)[0] for dim in self._dims()], dim=1)
-        found = self.rope.freqs_cos
-        length = min(2, found.shape[0])
-        same_width = found.shape[1] == known.shape[1]
-        return same_width and bool((found[:length].float().cpu() - known[:length]).abs().max() < 0.01)
-
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin (1, S, 1, D) for latents (B, C, F, H, W), frame by frame."""
-        sizes = zip(hidden_states.shape[2:], self.rope.patch_size, strict=True)
-        frames, height, width = (size // patch for size, patch in sizes)
-        tokens = (frames, height, width)
-        policies = self.extension.policies(tokens)
-        if policies is None or (max(tokens) <= self.rope.max_seq_len and all(p == PLAIN for p in policies)):
-            return type(self.rope).forward(self.rope, hidden_states)
-        like = self.rope.freqs_cos
-        if torch.compiler.is_compiling():
-            return self._tables(tokens, policies, like)
-        key = (tokens, like.device, like.dtype)
-        if self._found is None or self._found[0] != key:
-            # Kept for later calls, which may want gradients.
-            with torch.inference_mode(False):
-                self._found = key, self._tables(tokens, policies, like)
-        return self._found[1]
-
-    def _dims(self) -> Triple:
-        return self.rope.t_dim, self.rope.h_dim, self.rope.w_dim
-
-    def _tables(
-        self, tokens: Triple, policies: tuple[RopePolicy, RopePolicy, RopePolicy], like: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        trained = self.extension.sizes.trained_tokens
-        magnitude = max(p.magnitude(n / t) for p, n, t in zip(policies, tokens, trained, strict=True))
-        parts: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for axis, (dim, policy) in enumerate(zip(self._dims(), policies, strict=True)):
-            frequencies = known(policy, dim).frequencies(dim, WAN_BASE, trained[axis], tokens[axis])
-            shape = [tokens[axis] if other == axis else 1 for other in range(3)]
-            for part, table in zip(parts, axis_table(frequencies, tokens[axis]), strict=True):
-                part.append(table.view(*shape, dim).expand(*tokens, dim))
-        cos, sin = (torch.cat(part, dim=-1).reshape(1, -1, 1, sum(self._dims())) * magnitude for part in parts)
-        return cos.to(like), sin.to(like)
-
-
-def known(policy: RopePolicy, dim: int) -> RopePolicy:
-    """RIFLEx with the component known for this axis, where nothing was said."""
-    known = INTRINSIC.get((dim, WAN_BASE))
-    if isinstance(policy, RIFLEx) and policy.component is None and policy.loop is None and known is not None:
-        return RIFLEx(known, margin=policy.margin)
-    return policy

@@ -1,4 +1,4 @@
-"""What `method` stands for: rotary frequencies of time and space, and what is done to the attention logits.
+"""What `method` stands for. A recipe has a place for each thing that can be changed; names joined by "+" fill several.
 
 `method="auto"` by family and ratio (target / trained tokens along the axis); axes that did not grow are left alone:
 
@@ -6,23 +6,27 @@
 |---|---|---|
 | wan | ultravico, alpha 0.9 | yarn |
 | hunyuan_video | ultravico: alpha 0.95 up to 2x, then 0.9; beta 0.6 up to 3x, then 0.8 | plain |
+| stable_diffusion | - | hidiffusion |
 
 The values of UltraViCo are the paper's. YaRN in space is a choice of this library, without a paper behind it for Wan.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+from sparsereel.extend.agent import AgentAttention
+from sparsereel.extend.hidiffusion import HiDiffusion
 from sparsereel.extend.rope import NTK, PositionInterpolation, RIFLEx, RopePolicy, YaRN
 from sparsereel.extend.sizes import Sizes
+from sparsereel.extend.statistics import LocalStatistics
 from sparsereel.extend.ultravico import UltraViCo
+from sparsereel.extend.windows import Alternating, Entropy, InwardWindow, LocalRegions, Window
 
 PLAIN = RopePolicy()
-METHODS: dict[str, tuple[str, ...]] = {
-    "wan": ("auto", "plain", "riflex", "pi", "ntk", "yarn", "ultravico", "ultravico_frames"),
-    "hunyuan_video": ("auto", "plain", "ultravico", "ultravico_frames"),
-}
+Mixer = AgentAttention
 #: k of RIFLEx for known time axes, by (channels, base): Wan's 44 channels of 128
 INTRINSIC = {(44, 1e4): 6}
 
@@ -34,30 +38,122 @@ class Recipe:
     Attributes:
         time, space: rotary frequencies of the frame axis, and of rows and columns.
         decay: what happens to logits of far pairs; None = nothing.
+        window: what queries may see; None = everything.
+        temper: how sharp softmax is; None = as trained.
+        mixer: what is added to attention or put in its place; None = nothing.
+        unet: what changes between the blocks of a U-Net; None = nothing.
+        statistics: over what group norms take their statistics; None = the whole picture.
     """
 
     time: RopePolicy = PLAIN
     space: RopePolicy = PLAIN
     decay: UltraViCo | None = None
+    window: Window | None = None
+    temper: Entropy | None = None
+    mixer: Mixer | None = None
+    unet: HiDiffusion | None = None
+    statistics: LocalStatistics | None = None
 
     def policy(self, axis: int) -> RopePolicy:
         """The policy of axis 0 (frames), 1 (rows) or 2 (columns)."""
         return self.space if axis else self.time
 
+    @property
+    def in_attention(self) -> bool:
+        """Whether attention calls are changed."""
+        unet = self.unet is not None and self.unet.windows
+        return unet or any((self.decay, self.window, self.temper, self.mixer))
+
+    @property
+    def on_model(self) -> list[Any]:
+        """What is installed on the model besides: each has `install(model, extension, runtime) -> handles`."""
+        return [part for part in (self.unet, self.statistics) if part is not None]
+
     def describe(self) -> str:
         """In short, for tables."""
-        axes = (("time", self.time), ("space", self.space))
-        parts = [f"{_short(policy)} in {axis}" for axis, policy in axes if policy != PLAIN]
-        return " and ".join(([_short(self.decay)] if self.decay else []) + parts) or "plain"
+        parts = [_short(part) for name, part in self._parts() if name not in ("time", "space")]
+        axes = [f"{_short(part)} in {name}" for name, part in self._parts() if name in ("time", "space")]
+        return " and ".join(parts + axes) or "plain"
+
+    def _parts(self) -> list[tuple[str, Any]]:
+        """What differs from doing nothing."""
+        found = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return [(name, part) for name, part in found if part is not None and part != PLAIN]
+
+    def with_(self, other: Recipe) -> Recipe:
+        """Both.
+
+        Raises:
+            ValueError: both change the same thing.
+        """
+        taken = dict(self._parts())
+        for name, part in other._parts():
+            if taken.setdefault(name, part) != part:
+                raise ValueError(f"{_short(taken[name])} and {_short(part)} both set {name}; take one of them")
+        return replace(self, **taken)
 
 
-def _short(part: RopePolicy | UltraViCo) -> str:
+def _short(part: Any) -> str:
     """Name and settings that differ from their defaults; alpha always."""
     given = {f.name: getattr(part, f.name) for f in fields(part) if getattr(part, f.name) != f.default}
     if isinstance(part, UltraViCo):
         given = {"alpha": part.alpha} | given
     listed = ", ".join(f"{name}={value}" for name, value in given.items())
-    return f"{part.name}({listed})" if listed else part.name
+    return f"{part.name}({listed})" if listed else str(part.name)
+
+
+Make = Callable[[str, Sizes], Recipe]
+
+
+def _both(policy: RopePolicy) -> Make:
+    return lambda family, sizes: Recipe(time=policy, space=policy)
+
+
+def _fixed(recipe: Recipe) -> Make:
+    return lambda family, sizes: recipe
+
+
+def _ultravico(family: str, sizes: Sizes, *, by_frames: bool = False) -> Recipe:
+    ratio = sizes.ratios[0]
+    if family == "wan":
+        return Recipe(decay=UltraViCo(by="frames" if by_frames else "tokens"))
+    alpha, beta = (0.95 if ratio <= 2 else 0.9), (0.6 if ratio <= 3 else 0.8)
+    return Recipe(decay=UltraViCo(alpha, beta, period=50.0, gamma=4.0, by="frames" if by_frames else "tokens"))
+
+
+def _automatic(family: str, sizes: Sizes) -> Recipe:
+    longer, *larger = (ratio > 1 for ratio in sizes.ratios)
+    if family == "stable_diffusion":
+        return Recipe(unet=HiDiffusion()) if any(larger) else Recipe()
+    found = Recipe(space=YaRN() if family == "wan" and any(larger) else PLAIN)
+    return found.with_(_ultravico(family, sizes)) if longer else found
+
+
+_WAN, _VIDEO, _UNET = ("wan",), ("wan", "hunyuan_video"), ("stable_diffusion",)
+
+#: families and recipe of every name
+NAMES: dict[str, tuple[tuple[str, ...], Make]] = {
+    "auto": (_VIDEO + _UNET, _automatic),
+    "plain": (_VIDEO + _UNET, _fixed(Recipe())),
+    "riflex": (_WAN, _fixed(Recipe(time=RIFLEx()))),
+    "pi": (_WAN, _both(PositionInterpolation())),
+    "ntk": (_WAN, _both(NTK())),
+    "yarn": (_WAN, _both(YaRN())),
+    "ultravico": (_VIDEO, _ultravico),
+    "ultravico_frames": (_VIDEO, lambda family, sizes: _ultravico(family, sizes, by_frames=True)),
+    "window": (_WAN, _fixed(Recipe(window=InwardWindow()))),
+    "entropy": (_WAN, _fixed(Recipe(temper=Entropy()))),
+    "gri": (_WAN, _fixed(Recipe(window=Alternating()))),
+    "regions": (_WAN, _fixed(Recipe(window=LocalRegions()))),
+    "hidiffusion": (_UNET, _fixed(Recipe(unet=HiDiffusion()))),
+    "agent": (_UNET, _fixed(Recipe(mixer=AgentAttention()))),
+    "tlc": (_UNET, _fixed(Recipe(statistics=LocalStatistics()))),
+}
+FAMILIES = _VIDEO + _UNET
+#: names by family
+METHODS: dict[str, tuple[str, ...]] = {
+    family: tuple(name for name, (families, _) in NAMES.items() if family in families) for family in FAMILIES
+}
 
 
 def resolve(method: str | Recipe, family: str, sizes: Sizes) -> Recipe:
@@ -71,33 +167,20 @@ def resolve(method: str | Recipe, family: str, sizes: Sizes) -> Recipe:
     if isinstance(method, Recipe):
         if family != "wan" and (method.time != PLAIN or method.space != PLAIN):
             raise ValueError(f"rotary frequencies can be changed for wan only, not for {family}")
+        if family != "stable_diffusion" and (method.unet or isinstance(method.mixer, AgentAttention)):
+            raise ValueError(f"hidiffusion and agent attention are for U-Nets of Stable Diffusion, not for {family}")
         return method
-    name = str(method).replace("-", "_").lower()
-    if name not in METHODS["wan"]:
-        raise ValueError(f"unknown method {method!r}; allowed: {', '.join(METHODS[family])}")
-    if name not in METHODS[family]:
-        raise ValueError(f"method {method!r} is for wan, not for {family}; allowed: {', '.join(METHODS[family])}")
-    if name == "auto":
-        return _automatic(family, sizes)
-    if name.startswith("ultravico"):
-        return Recipe(decay=_ultravico(family, sizes, by_frames=name.endswith("frames")))
-    if name == "riflex":
-        return Recipe(time=RIFLEx())
-    policy = {"plain": PLAIN, "pi": PositionInterpolation(), "ntk": NTK(), "yarn": YaRN()}[name]
-    return Recipe(time=policy, space=policy)
+    found = Recipe()
+    for name in str(method).replace("-", "_").lower().split("+"):
+        found = found.with_(_named(name.strip(), method, family)(family, sizes))
+    return found
 
 
-def _automatic(family: str, sizes: Sizes) -> Recipe:
-    longer, *larger = (ratio > 1 for ratio in sizes.ratios)
-    return Recipe(
-        space=YaRN() if family == "wan" and any(larger) else PLAIN,
-        decay=_ultravico(family, sizes, by_frames=False) if longer else None,
-    )
-
-
-def _ultravico(family: str, sizes: Sizes, *, by_frames: bool) -> UltraViCo:
-    ratio = sizes.ratios[0]
-    if family == "wan":
-        return UltraViCo(by="frames" if by_frames else "tokens")
-    alpha, beta = (0.95 if ratio <= 2 else 0.9), (0.6 if ratio <= 3 else 0.8)
-    return UltraViCo(alpha, beta, period=50.0, gamma=4.0, by="frames" if by_frames else "tokens")
+def _named(name: str, method: str | Recipe, family: str) -> Make:
+    allowed = ", ".join(METHODS[family])
+    if name not in NAMES:
+        raise ValueError(f"unknown method {method!r}; allowed: {allowed}, or several joined by +")
+    families, make = NAMES[name]
+    if family not in families:
+        raise ValueError(f"method {name!r} is for {' and '.join(families)}, not for {family}; allowed: {allowed}")
+    return make

@@ -95,6 +95,8 @@ def resolve(pipe: Any, model: Any, frames: Any, height: Any, width: Any) -> Size
         raise ValueError("extend needs frames, height or width: a float is a ratio, an int a target")
     scale = _scale(pipe, model)
     trained = _trained(pipe, model)
+    if frames is not None and _is_unet(model):
+        raise ValueError("this model makes pictures, which have no frames; extend their height or width")
     target = (
         _frames(frames, trained[0], scale),
         _pixels("height", height, trained[1], scale.pixels * scale.patch[1]),
@@ -104,12 +106,19 @@ def resolve(pipe: Any, model: Any, frames: Any, height: Any, width: Any) -> Size
 
 
 def _scale(pipe: Any, model: Any) -> Scale:
+    if _is_unet(model) and getattr(pipe, "vae_scale_factor", None) is not None:
+        return Scale(1, int(pipe.vae_scale_factor), (1, 1, 1))
     frames, pixels = (getattr(pipe, f"vae_scale_factor_{name}", None) for name in ("temporal", "spatial"))
     if frames is None or pixels is None:
         raise ValueError(
-            f"extend needs a diffusers video pipeline, whose trained size and VAE are known; got {type(pipe).__name__}"
+            "extend needs a diffusers pipeline of videos or of Stable Diffusion, whose trained size and VAE are known; "
+            f"got {type(pipe).__name__}"
         )
     return Scale(int(frames), int(pixels), _patch(model.config))
+
+
+def _is_unet(model: Any) -> bool:
+    return hasattr(model, "down_blocks") and hasattr(model, "up_blocks")
 
 
 def _patch(config: Any) -> Triple:
@@ -124,7 +133,11 @@ _WAN_5B_CHANNELS, _WAN_5B = 48, (121, 704, 1280)
 
 
 def _trained(pipe: Any, model: Any) -> Triple:
-    """The size that the pipeline's call makes by default: what its model was trained for."""
+    """What its model was trained for: what the pipeline's call makes by default, or the size of a U-Net's samples."""
+    if _is_unet(model):
+        side = model.config.sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        return 1, int(height * pipe.vae_scale_factor), int(width * pipe.vae_scale_factor)
     if getattr(model.config, "out_channels", None) == _WAN_5B_CHANNELS:
         return _WAN_5B
     parameters = inspect.signature(type(pipe).__call__).parameters
