@@ -59,8 +59,8 @@ def self_attention(model: nn.Module) -> list[Any]:
 
 def time_frequencies(model: Any) -> Tensor:
     """(t_dim / 2,) float64, radians a latent frame, of a Wan transformer."""
-    from sparsereel.extend.extension import WAN_BASE
     from sparsereel.extend.rope import plain_frequencies
+    from sparsereel.extend.tables import WAN_BASE
 
     return plain_frequencies(model.rope.t_dim, WAN_BASE)
 
