@@ -5,7 +5,8 @@
     video = pipe("a red 3 moving right on navy").frames[0]      # (33, 96, 96, 3)
 
 The weights lie beside this file and load offline; `WanPipeline.from_pretrained(minireel.WEIGHTS)` works as well.
-diffusers is imported by `load`, not by importing this module.
+`load_causal` loads the variant that goes on from a cache of earlier frames, for streaming. diffusers is imported by
+these two, not by importing this module.
 """
 
 from __future__ import annotations
@@ -18,11 +19,23 @@ import torch
 from sparsereel.minireel.sizes import LARGE, NATIVE, Size
 
 if TYPE_CHECKING:
+    from sparsereel.minireel.causal import CausalMiniReelPipeline
     from sparsereel.minireel.pipeline import MiniReelPipeline
 
-__all__ = ["LARGE", "NATIVE", "WEIGHTS", "MiniReelPipeline", "Size", "load"]
+__all__ = [
+    "CAUSAL_WEIGHTS",
+    "LARGE",
+    "NATIVE",
+    "WEIGHTS",
+    "CausalMiniReelPipeline",
+    "MiniReelPipeline",
+    "Size",
+    "load",
+    "load_causal",
+]
 
 WEIGHTS = Path(__file__).parent / "weights"
+CAUSAL_WEIGHTS = WEIGHTS / "causal_transformer"
 
 
 def load(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> MiniReelPipeline:
@@ -40,8 +53,32 @@ def load(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu")
     return load_folder(WEIGHTS, dtype, device)
 
 
+def load_causal(
+    dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", weights: Path = CAUSAL_WEIGHTS
+) -> CausalMiniReelPipeline:
+    """Load the causal minireel from the package, without network: text encoder, VAE and prompts are minireel's.
+
+    Its chunks of three latent frames see at most nine, themselves included; `sparsereel.minireel.rollout` shows how it
+    is run.
+
+    Args:
+        dtype, device: As for `load`.
+        weights: Folder of the transformer, to use one that training just wrote.
+
+    Raises:
+        ValueError: dtype is not float32, bfloat16 or float16, or `weights` holds no transformer.
+    """
+    from sparsereel.minireel.causal import load_causal_folder
+
+    return load_causal_folder(WEIGHTS, Path(weights), dtype, device)
+
+
 def __getattr__(name: str) -> Any:
-    # The class lives on diffusers, which takes seconds to import.
+    # The classes live on diffusers, which takes seconds to import.
+    if name == "CausalMiniReelPipeline":
+        from sparsereel.minireel.causal import CausalMiniReelPipeline
+
+        return CausalMiniReelPipeline
     if name == "MiniReelPipeline":
         from sparsereel.minireel.pipeline import MiniReelPipeline
 

@@ -3,10 +3,11 @@
     python -m sparsereel.minireel.train --output out/minireel                 # every stage
     python -m sparsereel.minireel.train --output out/minireel --stage large --minutes 30 --start-from FOLDER
 
-Stages, in order: vae, data (render and encode the clips), transformer, large. Each keeps its state in the output folder
-and is skipped once done; Ctrl-C stops cleanly, and the same command resumes. What is trained on what, and for how
-long, stands in training/recipe.py. `OUTPUT/transformer` and
-`OUTPUT/large` are folders that stock `WanPipeline` loads, fresh every few minutes.
+Stages, in order: vae, data (render and encode the clips), transformer, large, causal_small, causal. Each keeps its
+state in the output folder and is skipped once done; Ctrl-C stops cleanly, and the same command resumes. What is
+trained on what, and for how long, stands in training/recipe.py. `OUTPUT/transformer` and
+`OUTPUT/large` are folders that stock `WanPipeline` loads, `OUTPUT/causal` holds a transformer for
+`minireel.load_causal`; all are fresh every few minutes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-STAGES = ("vae", "data", "transformer", "large")
+STAGES = ("vae", "data", "transformer", "large", "causal_small", "causal")
 
 
 @dataclass(frozen=True)

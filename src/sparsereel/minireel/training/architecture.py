@@ -137,6 +137,12 @@ def export(
         path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=2) + "\n")
 
 
+def export_transformer(folder: Path, transformer: WanTransformer3DModel, dtype: torch.dtype = torch.float16) -> None:
+    """Write the transformer alone, stored in `dtype`: a folder for `WanTransformer3DModel.from_pretrained`."""
+    stored: WanTransformer3DModel = _cast(transformer, WanTransformer3DModel.from_config(transformer.config), dtype)
+    stored.save_pretrained(folder)
+
+
 def _cast(trained: torch.nn.Module, copy: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """`copy` with the trained weights in another dtype; the trained module stays as it is."""
     copy.load_state_dict(trained.state_dict())

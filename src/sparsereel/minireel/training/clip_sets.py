@@ -6,7 +6,7 @@ A set is rendered and encoded once into `<name>.safetensors` (normalised latents
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from diffusers import AutoencoderKLWan
 from sparsereel.minireel.sizes import count_tokens
 from sparsereel.minireel.training import checkpoint
 from sparsereel.minireel.training.architecture import build_tokenizer
+from sparsereel.minireel.training.arithmetic import arithmetic
 from sparsereel_eval.digits import Clip, render, sample_clip
 
 PROMPT_TOKENS = 16
@@ -25,7 +26,12 @@ ENCODE_AT_ONCE = 320_000
 
 @dataclass(frozen=True)
 class ClipSet:
-    """What a set holds: `count` random clips of one size, `two` of them (share) with two digits."""
+    """What a set holds: `count` random clips of one size, `two` of them (share) with two digits.
+
+    Attributes:
+        starts_of: Start as clips of so many frames do, and go on bouncing to the end; None starts clips by their own
+            length, which sets long ones off at the wall they move away from.
+    """
 
     name: str
     count: int
@@ -34,6 +40,7 @@ class ClipSet:
     width: int
     two: float
     seed: int
+    starts_of: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -42,10 +49,12 @@ class ClipSet:
     def clips(self) -> list[Clip]:
         """The descriptions, alike on every machine."""
         rng = np.random.default_rng(self.seed)
-        return [
-            sample_clip(rng, frames=self.frames, height=self.height, width=self.width, two=self.two)
+        frames = self.starts_of or self.frames
+        clips = [
+            sample_clip(rng, frames=frames, height=self.height, width=self.width, two=self.two)
             for _ in range(self.count)
         ]
+        return [replace(clip, frames=self.frames) for clip in clips]
 
 
 @dataclass(frozen=True)
@@ -86,8 +95,8 @@ def encode_set(spec: ClipSet, vae: AutoencoderKLWan, folder: Path, on_clip: Call
 
 
 def encode_mean(vae: AutoencoderKLWan, pixels: torch.Tensor) -> torch.Tensor:
-    """Mean of the VAE's posterior, bf16 arithmetic: (B, 3, F, H, W) to (B, 16, (F - 1) / 4 + 1, H / 8, W / 8)."""
-    with torch.autocast(pixels.device.type, torch.bfloat16):
+    """Mean of the VAE's posterior: (B, 3, F, H, W) to (B, 16, (F - 1) / 4 + 1, H / 8, W / 8) fp32."""
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=arithmetic() == torch.bfloat16):
         return vae.encode(pixels).latent_dist.mode().float()
 
 

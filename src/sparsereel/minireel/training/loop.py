@@ -34,13 +34,14 @@ def run(
     minutes: float | None = None,
     steps: int | None = None,
     on_checkpoint: Callable[[], None] = lambda: None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> bool:
     """Train until the budget is used, resuming from `path` if it exists.
 
     Args:
         trainer: Fresh; its state is replaced by the checkpoint's if there is one.
         name: Shown beside the progress bar.
-        path: Checkpoint file, written every three minutes, at the end and on Ctrl-C.
+        path: Checkpoint file, written every `checkpoint_seconds`, at the end and on Ctrl-C.
         minutes: Budget of training time, over all resumed runs together.
         steps: Budget of steps instead; then progress, and so the learning rate, does not depend on the clock.
         on_checkpoint: Called after each checkpoint.
@@ -72,7 +73,7 @@ def run(
         on_checkpoint()
 
     try:
-        _train(trainer, name, progress, save)
+        _train(trainer, name, progress, save, checkpoint_seconds)
     except KeyboardInterrupt:
         save()
         return False
@@ -80,7 +81,9 @@ def run(
     return True
 
 
-def _train(trainer: Trainer, name: str, progress: Callable[[], float], save: Callable[[], None]) -> None:
+def _train(
+    trainer: Trainer, name: str, progress: Callable[[], float], save: Callable[[], None], checkpoint_seconds: float
+) -> None:
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[losses]}")
     saved = time.monotonic()
     with Progress(*columns) as bar:
@@ -89,7 +92,7 @@ def _train(trainer: Trainer, name: str, progress: Callable[[], float], save: Cal
             trainer.step(done)
             losses = "  ".join(f"{key} {value:.4f}" for key, value in sorted(trainer.losses.items()))
             bar.update(task, completed=done, losses=f"step {trainer.steps}  {losses}")
-            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+            if time.monotonic() - saved > checkpoint_seconds:
                 save()
                 saved = time.monotonic()
         bar.update(task, completed=1.0)

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from sparsereel.minireel.training.arithmetic import arithmetic
+
 # Coefficients of the quintic Newton-Schulz iteration that brings all singular values near 1 in five rounds.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -19,7 +21,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 def orthogonalise(matrices: torch.Tensor, rounds: int = 5) -> torch.Tensor:
     """Nearest orthogonal matrices, roughly (singular values 0.7 to 1.2), to a stack (N, rows <= columns)."""
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-9)
-    x = x.bfloat16()
+    x = x.to(arithmetic())
     a, b, c = NEWTON_SCHULZ
     for _ in range(rounds):
         gram = x @ x.mT
@@ -89,7 +91,7 @@ class MovingAverage:
 
 def warm_up_and_decay(step: int, progress: float, hold: float, warm_up: int = 60, floor: float = 0.03) -> float:
     """Factor on the learning rate: linear warm-up in steps, level until `hold` (share), then linear to `floor`."""
-    decay = 1.0 if progress < hold else max(floor, (1 - progress) / (1 - hold))
+    decay = 1.0 if progress < hold or hold >= 1 else max(floor, (1 - progress) / (1 - hold))
     return min(1.0, (step + 1) / warm_up) * decay
 
 

@@ -1,7 +1,8 @@
-"""The four stages, one function each: gather what the stage needs, train, leave a result the next one finds.
+"""The six stages, one function each: gather what the stage needs, train, leave a result the next one finds.
 
 Each returns False when interrupted. Results in the output folder: `vae/`, `data/`, and the pipeline folders
-`transformer/` and `large/`; checkpoints lie beside them as `<stage>.safetensors`.
+`transformer/` and `large/`, and the transformer alone in
+`causal_small/` and `causal/`; checkpoints lie beside them as `<stage>.safetensors`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from rich.console import Console
 from transformers import UMT5EncoderModel
 
 from sparsereel.minireel.training import loop, recipe
-from sparsereel.minireel.training.architecture import build_text_encoder, build_transformer, build_vae, export
+from sparsereel.minireel.training.architecture import (
+    build_text_encoder,
+    build_transformer,
+    build_vae,
+    export,
+    export_transformer,
+)
+from sparsereel.minireel.training.causal_stage import CausalTrainer
 from sparsereel.minireel.training.clip_sets import ClipSet, EncodedSet, encode_set
 from sparsereel.minireel.training.transformer_stage import TransformerTrainer
 from sparsereel.minireel.training.vae_stage import VaeTrainer, held_out_psnr, measure_latents, render_pool
@@ -27,6 +35,8 @@ if TYPE_CHECKING:
     from sparsereel.minireel.train import Options
 
 console = Console()
+# Their held-out losses take half a minute.
+CAUSAL_CHECKPOINT_SECONDS = 600
 
 
 def vae(options: Options) -> bool:
@@ -49,7 +59,7 @@ def vae(options: Options) -> bool:
 
 def data(options: Options) -> bool:
     """Render and encode every set."""
-    for stage in (recipe.TRANSFORMER, recipe.LARGE):
+    for stage in (recipe.TRANSFORMER, recipe.LARGE, recipe.CAUSAL_SMALL, recipe.CAUSAL):
         _encode(stage, options)
     return True
 
@@ -67,13 +77,48 @@ def transformer(options: Options) -> bool:
 
 def large(options: Options) -> bool:
     """Go on from the transformer stage, or from `start_from`, with large canvases among the others."""
+    return _train_transformer(recipe.LARGE, _trained(options), options)
+
+
+def causal_small(options: Options) -> bool:
+    """Go on from the transformer stage, or from `start_from`, on small clips: chunks now see the past only."""
+    return _train_causal(recipe.CAUSAL_SMALL, _trained(options), options)
+
+
+def causal(options: Options) -> bool:
+    """Go on from causal_small, at native size."""
+    _, text_encoder = _trained(options)
+    folder = options.output / recipe.CAUSAL_SMALL.name
+    if not folder.exists():
+        raise ValueError(f"There is no {folder} to go on from; run --stage causal_small first.")
+    transformer = WanTransformer3DModel.from_pretrained(folder).float()
+    return _train_causal(recipe.CAUSAL, (transformer, text_encoder), options)
+
+
+def _train_causal(
+    stage: recipe.Stage, models: tuple[WanTransformer3DModel, UMT5EncoderModel], options: Options
+) -> bool:
+    sets = _encode(stage, options)
+    trainer = CausalTrainer(stage, sets, *models, seed=options.seed, compiled=options.compiled)
+
+    def on_checkpoint() -> None:
+        losses = trainer.held_out_losses(sets[stage.held_out.name])
+        shown = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        console.print(f"step {trainer.steps}, held-out loss of noisy chunks: {shown}")
+        with trainer.use_result():
+            _write_folder(options.output / stage.name, lambda folder: export_transformer(folder, trainer.transformer))
+
+    return _train(trainer, stage.name, options, stage.minutes, on_checkpoint, CAUSAL_CHECKPOINT_SECONDS)
+
+
+def _trained(options: Options) -> tuple[WanTransformer3DModel, UMT5EncoderModel]:
+    """Transformer and text encoder of the transformer stage, or those to start from."""
     folder = options.output / recipe.TRANSFORMER.name
     if not folder.exists():
         if options.start_from is None:
             raise ValueError(f"There is no {folder} to go on from; run --stage transformer or give --start-from.")
         folder = options.start_from
-    models = _load(WanTransformer3DModel, folder, "transformer"), _load(UMT5EncoderModel, folder, "text_encoder")
-    return _train_transformer(recipe.LARGE, models, options)
+    return _load(WanTransformer3DModel, folder, "transformer"), _load(UMT5EncoderModel, folder, "text_encoder")
 
 
 def _train_transformer(
@@ -100,10 +145,19 @@ def _train(
     options: Options,
     minutes: float,
     on_checkpoint: Callable[[], None] = lambda: None,
+    checkpoint_seconds: float = loop.CHECKPOINT_SECONDS,
 ) -> bool:
     budget = (options.minutes or minutes) if options.steps is None else None
     path = options.output / f"{name}.safetensors"
-    return loop.run(trainer, name, path, minutes=budget, steps=options.steps, on_checkpoint=on_checkpoint)
+    return loop.run(
+        trainer,
+        name,
+        path,
+        minutes=budget,
+        steps=options.steps,
+        on_checkpoint=on_checkpoint,
+        checkpoint_seconds=checkpoint_seconds,
+    )
 
 
 def _encode(stage: recipe.Stage, options: Options) -> dict[str, EncodedSet]:

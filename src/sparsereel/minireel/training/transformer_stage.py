@@ -1,6 +1,7 @@
 """Train the transformer and its text encoder on cached latents.
 
-Arithmetic runs in a bf16 copy; the fp32 master weights take the updates (a bf16 weight would swallow small ones).
+Arithmetic runs in a copy, bf16 where the CPU can; the fp32 master weights take the updates (a bf16 weight would swallow
+small ones).
 Muon moves the blocks' matrices, AdamW the rest; what a stage ships comes from their moving average.
 """
 
@@ -15,6 +16,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from transformers import UMT5EncoderModel
 
+from sparsereel.minireel.training.arithmetic import arithmetic
 from sparsereel.minireel.training.attention import use_kernels
 from sparsereel.minireel.training.checkpoint import copy_numbered, numbered, under_prefix, with_prefix
 from sparsereel.minireel.training.clip_sets import PROMPT_TOKENS, EncodedSet, tokenise
@@ -55,12 +57,12 @@ class TransformerTrainer:
     ):
         self.stage, self.sets = stage, sets
         self.transformer, self.text_encoder = transformer.train(), text_encoder.train()
-        self.worker = copy.deepcopy(transformer).bfloat16().train()
+        self.worker = copy.deepcopy(transformer).to(arithmetic()).train()
         if compiled:
             use_kernels(self.worker)
             self.worker.compile_repeated_blocks(fullgraph=True, dynamic=False)
         self.masters = list(transformer.parameters())
-        self.parameters = self.masters + list(text_encoder.parameters())
+        self.parameters = self.masters + [p for p in text_encoder.parameters() if p.requires_grad]
         matrices = [p for name, p in transformer.named_parameters() if name.startswith("blocks") and p.ndim == 2]
         chosen = {id(p) for p in matrices}
         self.muon = Muon(matrices)
@@ -85,7 +87,7 @@ class TransformerTrainer:
             master.grad = None if working.grad is None else working.grad.float()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         if torch.isfinite(norm):
-            self._update(warm_up_and_decay(self.steps, progress, self.stage.hold))
+            self._update(warm_up_and_decay(self.steps, progress, self.stage.hold, self.stage.warm_up))
         self.steps += 1
         name, value = portion.clips.name, loss.item()
         self.losses[name] = 0.97 * self.losses.get(name, value) + 0.03 * value

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
+from sparsereel.minireel.training.arithmetic import arithmetic
 from sparsereel.minireel.training.checkpoint import copy_numbered, numbered, under_prefix, with_prefix
 from sparsereel.minireel.training.clip_sets import encode_mean, to_model_range
 from sparsereel.minireel.training.optim import (
@@ -88,7 +89,7 @@ class VaeTrainer:
 
     def _losses(self, video: torch.Tensor, ink: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         noise_seed = self._draw(2**31)
-        with torch.autocast(video.device.type, torch.bfloat16):
+        with torch.autocast(video.device.type, torch.bfloat16, enabled=arithmetic() == torch.bfloat16):
             posterior = self.vae.encode(video).latent_dist
             latents = posterior.sample(torch.Generator().manual_seed(noise_seed))
             decoded = decode_unclamped(self.vae, latents)
@@ -191,7 +192,7 @@ def held_out_psnr(vae: AutoencoderKLWan, count: int = 16) -> float:
     for _ in range(count):
         clip = sample_clip(rng, frames=FRAMES, height=CANVAS, width=CANVAS, images="test", two=0.35, any_motion=True)
         video = to_model_range(render(clip)[0])[None]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=arithmetic() == torch.bfloat16):
             decoded = vae.decode(vae.encode(video).latent_dist.mode()).sample
         error = ((decoded.float() - video) / 2).square().mean()
         values.append(-10 * torch.log10(error))
