@@ -17,6 +17,7 @@ from sparsereel.cli.generate import generate
 from sparsereel.cli.inspect import inspect
 from sparsereel.cli.models import models
 from sparsereel.cli.search import search
+from sparsereel.cli.stream import stream
 
 app = typer.Typer(
     name="sparsereel",
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(extend)
+app.command()(stream)
 app.command()(search)
 app.command()(inspect)
 app.command()(models)

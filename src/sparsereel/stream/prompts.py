@@ -28,6 +28,7 @@ class Prompts:
         self._pending: tuple[float, str] | None = None
         self._last = -math.inf
         self._asks = False  # texts without times
+        self._asked = -math.inf
         if isinstance(given, str):
             given = [(0.0, given)]
         if isinstance(given, (list, tuple)):
@@ -66,8 +67,9 @@ class Prompts:
         Raises:
             ValueError: the iterable raised, gave something else, or gave nothing at all.
         """
-        if self._asks or self.current is None:
+        if self.current is None or (self._asks and time > self._asked):
             self._ask()
+        self._asked = time
         while self._pending is not None and self._pending[0] <= time:
             self.current = self._pending[1]
             self._pending = None
@@ -96,10 +98,12 @@ class Prompts:
         self._pending = self._checked(item, self._last)
         self._last = self._pending[0]
 
-    def replay(self, taken: int) -> None:
-        """Go to where a checkpoint was: take so many items from a fresh source."""
+    def replay(self, taken: int, prompt: str | None) -> None:
+        """Go to where a checkpoint was: take so many items from a fresh source; `prompt` holds if they name none (such
+        as those typed by hand)."""
         while self.taken < taken and self._source is not None:
             before = self._pending
             if before is not None:
                 self.current, self._pending = before[1], None
             self._ask()
+        self.current = self.current if self.current is not None else prompt

@@ -34,7 +34,7 @@ class Stream(Iterator[Any]):
     Attributes:
         settings: everything that decides the result.
         frames_made: frames (latent frames with output="latents") given out so far.
-        seconds: spent so far in making them.
+        seconds: spent so far in making them; `seconds_here` without those before a checkpoint.
     """
 
     def __init__(
@@ -59,20 +59,27 @@ class Stream(Iterator[Any]):
         self.output = output
         #: what was saved along with the checkpoint that this stream went on from
         self.notes: dict[str, Any] = {}
+        self.extra: dict[str, Tensor] = {}
         self.prompt: str | None = None
         self.frames_made = 0
-        self.seconds = 0.0
+        self.seconds = self.seconds_here = 0.0
         self._ended = False
+        #: set it (from a signal handler) to be interrupted after the pass in progress, in a state that can be saved
+        self.stopping = False
 
     def __next__(self) -> Any:
         begun = time.perf_counter()
         try:
             return self._next()
         finally:
-            self.seconds += time.perf_counter() - begun
+            spent = time.perf_counter() - begun
+            self.seconds += spent
+            self.seconds_here += spent
 
     def _next(self) -> Any:
         while not self._ended:
+            if self.stopping:
+                raise KeyboardInterrupt
             row = self.engine.next_row()
             if row is None:
                 break
@@ -115,11 +122,11 @@ class Stream(Iterator[Any]):
 
     # -------------------------------------------------------------- checkpoints
 
-    def save(self, path: str | Path, **notes: Any) -> None:
+    def save(self, path: str | Path, *, extra: dict[str, Tensor] | None = None, **notes: Any) -> None:
         """Write a checkpoint that `sparsereel.stream(..., resume=path)` goes on from, bit for bit.
 
         Args:
-            notes: plain data to keep with it; see `Stream.notes`.
+            extra, notes: tensors and plain data to keep with it; see `Stream.extra` and `Stream.notes`.
 
         Raises:
             ValueError: the file cannot be written.
@@ -127,6 +134,7 @@ class Stream(Iterator[Any]):
         tensors, numbers = self.engine.state()
         features, decoder = self.decoder.state()
         tensors |= {f"decoder.{name}": x for name, x in features.items()}
+        tensors |= {f"extra.{name}": x for name, x in (extra or {}).items()}
         write_checkpoint(
             Path(path),
             tensors,
@@ -137,6 +145,7 @@ class Stream(Iterator[Any]):
                 "prompt": self.prompt,
                 "prompts_taken": self.prompts.taken,
                 "frames_made": self.frames_made,
+                "seconds": self.seconds,
                 "notes": notes,
             },
         )
@@ -149,21 +158,25 @@ class Stream(Iterator[Any]):
         """
         tensors, numbers = read_checkpoint(path)
         check_same(numbers["settings"], self.settings, path)
-        self.prompts.replay(numbers["prompts_taken"])
         self.prompt = numbers["prompt"]
+        self.prompts.replay(numbers["prompts_taken"], self.prompt)
         if self.prompt is not None:
             self.engine.denoiser.set_prompt(self.prompt)
-        prefix = "decoder."
-        features = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-        self.decoder.load(features, numbers["decoder"])
+        self.decoder.load(_under("decoder.", tensors), numbers["decoder"])
         self.engine.load(tensors, numbers["engine"])
-        self.frames_made = numbers["frames_made"]
-        self.notes = numbers["notes"]
+        self.frames_made, self.seconds = numbers["frames_made"], numbers["seconds"]
+        self.notes, self.extra = numbers["notes"], _under("extra.", tensors)
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
 def fingerprint(model: Any) -> str:
     """Tells models apart: configuration, dtype, and a sample of every weight."""
-    digest = hashlib.sha256(json.dumps(dict(model.config), default=str, sort_keys=True).encode())
+    # Names with an underscore say how the configuration came about, and in no fixed order.
+    config = {name: value for name, value in dict(model.config).items() if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps(config, default=str, sort_keys=True).encode())
     for name, weight in model.state_dict().items():
         sample = weight.detach().flatten()[:: max(1, weight.numel() // 16)][:16].float().cpu().numpy()
         digest.update(name.encode() + str(weight.dtype).encode() + sample.tobytes())
