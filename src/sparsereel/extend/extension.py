@@ -44,6 +44,11 @@ class Extension:
         # The frame that Wan's VAE encodes by itself.
         decay = recipe.decay is not None and family == "wan"
         self.first_frame = FirstFrame(sizes.trained_tokens[0]) if decay else None
+        #: tokens of a window that the model is seen through just now, and of a size on the way to the wanted one
+        self.view: Triple | None = None
+        self.stage: Triple | None = None
+        #: a call that sees the whole, without the recipe's window
+        self.whole = False
         self._decays: dict[Any, FrameDecay] = {}
         self._told: set[Triple] = set()
 
@@ -54,6 +59,8 @@ class Extension:
         wanted = self.sizes.matches(tokens)
         trained = self.sizes.trained_tokens
         larger = any(a > b for a, b in zip(tokens, trained, strict=True))
+        if tokens in (self.view, self.stage):
+            return larger
         if larger and not wanted and not torch.compiler.is_compiling():
             self._tell(tokens)
         return wanted and self.sizes.grows
@@ -92,7 +99,7 @@ class Extension:
         rule: Pattern | None = None
         if self.first_frame is not None and tokens[0] > self.first_frame.trained:
             rule = self.first_frame
-        if self.recipe.window is not None:
+        if self.recipe.window is not None and not self.whole:
             window = self.recipe.window.pattern(tokens, trained, where.index)
             rule = window if rule is None else rule if window is None else rule & window
         if self.recipe.unet is not None:

@@ -13,20 +13,26 @@ The values of UltraViCo are the paper's. YaRN in space is a choice of this libra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sparsereel.extend.agent import AgentAttention
+from sparsereel.extend.dual import DualPath
+from sparsereel.extend.guide import Guide
 from sparsereel.extend.hidiffusion import HiDiffusion
+from sparsereel.extend.mixers import Compressed, Registers
+from sparsereel.extend.noise import Antiphase, Noise, Rescheduled
 from sparsereel.extend.rope import NTK, PositionInterpolation, RIFLEx, RopePolicy, YaRN
 from sparsereel.extend.sizes import Sizes
 from sparsereel.extend.statistics import LocalStatistics
 from sparsereel.extend.ultravico import UltraViCo
+from sparsereel.extend.views import Views
 from sparsereel.extend.windows import Alternating, Entropy, InwardWindow, LocalRegions, Window
 
 PLAIN = RopePolicy()
-Mixer = AgentAttention
+Mixer = AgentAttention | Registers | Compressed
 #: k of RIFLEx for known time axes, by (channels, base): Wan's 44 channels of 128
 INTRINSIC = {(44, 1e4): 6}
 
@@ -43,6 +49,10 @@ class Recipe:
         mixer: what is added to attention or put in its place; None = nothing.
         unet: what changes between the blocks of a U-Net; None = nothing.
         statistics: over what group norms take their statistics; None = the whole picture.
+        views: windows through which the whole model sees the clip; None = it sees all at once.
+        dual: a second, unwindowed pass for the cross-attention; None = none.
+        noise: how the noise of the first step, or of all, is arranged; None = independent.
+        guide: how a small result leads the large one; None = nothing is made first.
     """
 
     time: RopePolicy = PLAIN
@@ -53,6 +63,14 @@ class Recipe:
     mixer: Mixer | None = None
     unet: HiDiffusion | None = None
     statistics: LocalStatistics | None = None
+    views: Views | None = None
+    dual: DualPath | None = None
+    noise: Noise | None = None
+    guide: Guide | None = None
+
+    def __post_init__(self) -> None:
+        if self.views is not None and self.dual is not None:
+            raise ValueError("views and the dual path both put something around the model; take one of them")
 
     def policy(self, axis: int) -> RopePolicy:
         """The policy of axis 0 (frames), 1 (rows) or 2 (columns)."""
@@ -67,7 +85,7 @@ class Recipe:
     @property
     def on_model(self) -> list[Any]:
         """What is installed on the model besides: each has `install(model, extension, runtime) -> handles`."""
-        return [part for part in (self.unet, self.statistics) if part is not None]
+        return [part for part in (self.unet, self.statistics, self.views, self.dual) if part is not None]
 
     def describe(self) -> str:
         """In short, for tables."""
@@ -129,6 +147,20 @@ def _automatic(family: str, sizes: Sizes) -> Recipe:
     return found.with_(_ultravico(family, sizes)) if longer else found
 
 
+def _demofusion(family: str, sizes: Sizes) -> Recipe:
+    # One stage for each whole multiple of the trained side, as in the paper.
+    stages = max(1, math.ceil(max(sizes.ratios[1:])) - 1)
+    return Recipe(views=Views(time=False, jitter=True, dilated=1.0), guide=Guide(stages=stages))
+
+
+_FREENOISE = Recipe(views=Views(space=False, stride=0.25), noise=Rescheduled())
+_FLEX = Recipe(time=YaRN(temper=False), noise=Antiphase(), window=InwardWindow(space=False, sink=3))
+_FREESWIM = Recipe(
+    window=InwardWindow(time=False),
+    temper=Entropy(1.046),
+    dual=DualPath(),
+    guide=Guide(mode="start", through="pixels"),
+)
 _WAN, _VIDEO, _UNET = ("wan",), ("wan", "hunyuan_video"), ("stable_diffusion",)
 
 #: families and recipe of every name
@@ -145,6 +177,15 @@ NAMES: dict[str, tuple[tuple[str, ...], Make]] = {
     "entropy": (_WAN, _fixed(Recipe(temper=Entropy()))),
     "gri": (_WAN, _fixed(Recipe(window=Alternating()))),
     "regions": (_WAN, _fixed(Recipe(window=LocalRegions()))),
+    "registers": (_WAN, _fixed(Recipe(window=InwardWindow(time=False), mixer=Registers()))),
+    "ultragen": (_WAN, _fixed(Recipe(window=LocalRegions(), mixer=Compressed()))),
+    "sliding": (_WAN, _fixed(Recipe(views=Views(space=False)))),
+    "freenoise": (_WAN, _fixed(_FREENOISE)),
+    "flex": (_WAN, _fixed(_FLEX)),
+    "freeswim": (_WAN, _fixed(_FREESWIM)),
+    "multidiffusion": (_WAN + _UNET, _fixed(Recipe(views=Views(time=False)))),
+    "demofusion": (_WAN + _UNET, _demofusion),
+    "cupscale": (_WAN + _UNET, _fixed(Recipe(views=Views(time=False), guide=Guide(mode="lowpass")))),
     "hidiffusion": (_UNET, _fixed(Recipe(unet=HiDiffusion()))),
     "agent": (_UNET, _fixed(Recipe(mixer=AgentAttention()))),
     "tlc": (_UNET, _fixed(Recipe(statistics=LocalStatistics()))),
