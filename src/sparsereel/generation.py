@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import platform
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,8 @@ class Clip:
         seconds: the pipeline call: text encoding, denoising and decoding.
         report: what ran in every layer; None for a dense clip.
         attention_seconds: inside self-attention; None unless profiled.
+        step_seconds: of every denoising step but the first, which also warms up; empty where the pipeline does not call
+            back after its steps.
     """
 
     frames: Frames
@@ -66,6 +70,7 @@ class Clip:
     seconds: float
     report: Report | None
     attention_seconds: float | None = None
+    step_seconds: tuple[float, ...] = ()
 
 
 def load_pipeline(model: str | None, dtype: str, device: str) -> Any:
@@ -128,14 +133,14 @@ def generate(
     if plan is None:
         clock = AttentionClock()
         with clock if profile else nullcontext():
-            exact, seconds = _run(pipe, request)
-        return Clip(to_uint8(exact), exact, seconds, None, clock.seconds if profile else None)
+            exact, seconds, steps = run_request(pipe, request)
+        return Clip(to_uint8(exact), exact, seconds, None, clock.seconds if profile else None, steps)
     with sparsified(pipe, plan, backend=backend):
         report_of(pipe, profile=profile)
-        exact, seconds = _run(pipe, request)
+        exact, seconds, steps = run_request(pipe, request)
         done = report_of(pipe)
     spent = sum(layer.seconds or 0.0 for layer in done) if profile else None
-    return Clip(to_uint8(exact), exact, seconds, done, spent)
+    return Clip(to_uint8(exact), exact, seconds, done, spent, steps)
 
 
 class AttentionClock(TorchFunctionMode):
@@ -158,14 +163,30 @@ class AttentionClock(TorchFunctionMode):
         return result
 
 
-def _run(pipe: Any, request: Request) -> tuple[np.ndarray, float]:
+def run_request(pipe: Any, request: Request) -> tuple[np.ndarray, float, tuple[float, ...]]:
+    """Call the pipeline as it is: frames as floats, seconds of the call, seconds of the steps after the first."""
     generator = torch.Generator("cpu").manual_seed(request.seed)
+    ends: list[float] = []
+
+    def step_ended(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+        return tensors
+
+    watched = {"callback_on_step_end": step_ended} if _calls_back(pipe) else {}
     start = time.perf_counter()
     with torch.inference_mode():
-        output = pipe(request.prompt, generator=generator, output_type="np", **request.arguments())
+        output = pipe(request.prompt, generator=generator, output_type="np", **watched, **request.arguments())
     seconds = time.perf_counter() - start
     frames = output.frames[0] if hasattr(output, "frames") else np.asarray(output.images)
-    return np.asarray(frames, dtype=np.float32), seconds
+    return np.asarray(frames, dtype=np.float32), seconds, tuple(b - a for a, b in pairwise(ends))
+
+
+def _calls_back(pipe: Any) -> bool:
+    """Whether the pipeline takes diffusers' callback after each step; looked up where its call spells it out."""
+    calls = [vars(kind).get("__call__") for kind in type(pipe).__mro__]
+    return any(call and "callback_on_step_end" in inspect.signature(call).parameters for call in calls)
 
 
 def environment() -> dict[str, Any]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import yaml
 
 from sparsereel.cli.main import run
 from sparsereel.evaluate.config import load_config
-from sparsereel.evaluate.html import pareto, render
+from sparsereel.evaluate.html import render
+from sparsereel.evaluate.plots import pareto
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NEAR = "version: 1\ncomponents:\n  '*':\n    layers:\n      '*': {spatial: {frames: %d}}\n"
 TEXT = {
     "prompts": ["a red 3 moving right on navy", "a blue 7 <script>alert(1)</script> on black"],
@@ -97,7 +100,8 @@ def test_report_is_self_contained_and_escaped(study):
     clips = {file.stem: file for file in (folder / "out" / "clips").glob("*.safetensors")}
     hostile = json.loads(json.dumps(result).replace("a blue 7 on black", "<script>alert(1)</script>"))
     page = render(hostile, clips)
-    assert "<script" not in page
+    assert page.count("<script") == 1, "only the page's own"
+    assert "alert(1)</script>" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "Study &lt;b&gt;" in page
     assert "loose &amp; wide" in page
@@ -158,3 +162,65 @@ def test_prompts_from_a_file_and_plans_as_a_list(tmp_path):
     path.write_text("prompts: [unclosed")
     with pytest.raises(ValueError, match="not valid YAML"):
         load_config(path)
+
+
+def test_judge_and_cost_stand_beside_fidelity(study):
+    folder, _, result = study
+    for row in result["summary"].values():
+        judged = row["figures"]["colour"]
+        assert judged["n"] == 4
+        assert 0 <= judged["reference"] <= 1
+    assert result["summary"]["tight"]["figures"]["direction"]["n"] == 2, "one prompt of two names a direction"
+    cost = result["efficiency"]
+    assert list(cost) == ["dense", "loose & wide", "tight"]
+    dense, tight = cost["dense"], cost["tight"]
+    assert dense["flops"] == dense["dense_flops"] == tight["dense_flops"]
+    assert dense["density"] == 1
+    assert tight["flops"] == pytest.approx(dense["flops"] - (1 - tight["density"]) * dense["attention_flops"])
+    # 3 latent frames of 6 x 6 cells, 6 layers, 8 heads of 32: two products of 2 N N D each.
+    assert dense["attention_flops"] == 6 * 8 * 4 * 108**2 * 32
+    assert 0 < dense["attention_share"] < 1
+    assert dense["peak_bytes"] is None or dense["peak_bytes"] > 1e8
+    assert dense["step_seconds"]["n"] == 0, "one step a clip, and the first is not timed"
+    assert (folder / "out" / "efficiency.json").is_file()
+
+
+def test_cost_is_of_every_step_but_the_first():
+    from sparsereel.evaluate.efficiency import summarise_steps
+
+    found = summarise_steps([{"step_seconds": [1.0, 2.0]}, {"step_seconds": [3.0]}, {}])
+    assert found == {"n": 3, "median": 2.0, "quartiles": [1.5, 2.5]}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_report_sorts_and_plays(study):
+    sync = pytest.importorskip("playwright.sync_api")
+    folder, _, result = study
+    with sync.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        try:
+            tab = browser.new_page(viewport={"width": 1200, "height": 1000})
+            said: list[str] = []
+            tab.on("console", lambda message: said.append(message.text))
+            tab.on("pageerror", lambda error: said.append(str(error)))
+            tab.on("request", lambda asked: said.append(asked.url) if asked.url.startswith("http") else None)
+            tab.goto((folder / "out" / "report.html").as_uri())
+            names = "[...document.querySelectorAll('#plans tbody tr')].map(row => row.cells[0].dataset.value)"
+            column = 3 + list(result["summary"]["tight"]["figures"]).index("psnr")
+            tab.click(f"#plans thead th:nth-child({column + 1}) button")
+            best = sorted(result["summary"], key=lambda n: -result["summary"][n]["figures"]["psnr"]["mean"])
+            assert tab.evaluate(names) == best
+            tab.click(f"#plans thead th:nth-child({column + 1}) button")
+            assert tab.evaluate(names) == best[::-1]
+            assert tab.locator(".plot:visible").count() == 1
+            tab.select_option("#figure", "ssim")
+            assert tab.locator(".plot:visible").get_attribute("data-figure") == "ssim"
+            tab.select_option("#worst", "ssim")
+            order = tab.evaluate("[...document.querySelectorAll('.case')].map(c => Number(c.dataset.ssim))")
+            assert order == sorted(order)
+            assert tab.locator("video").count() == 8
+            tab.evaluate("document.querySelector('video').play()")
+            tab.wait_for_function("document.querySelector('video').currentTime > 0.1")
+            assert said == []
+        finally:
+            browser.close()

@@ -242,6 +242,9 @@ def run_command(
     if model is not None:
         settings = replace(settings, model=model)
     result = run_study(settings, output, update=update, say=console.say)
+    if not result:
+        console.say("this process has made its clips; the first one measures them")
+        return
     for name, row in result["summary"].items():
         psnr = row["figures"]["psnr"]
         fidelity = f"PSNR {psnr['mean']:.2f} dB ({_interval(psnr['interval'])})"

@@ -21,6 +21,8 @@ class StudyConfig:
         frames, height, width, steps, guidance, negative_prompt: As of `sparsereel generate`; None is the model's own.
         dtype, device, backend: As of `sparsereel generate`.
         lpips: "alex", "vgg" or "off".
+        judge: "auto": minireel's judge scores the clips where it knows the words of every prompt; or "off".
+        efficiency: Also probe every plan with a short clip: share of attention, FLOPs, peak memory.
         thresholds: Figure to the mean each plan must reach.
         name: Title of the report.
     """
@@ -39,6 +41,8 @@ class StudyConfig:
     device: str = "cpu"
     backend: str = "auto"
     lpips: str = "alex"
+    judge: str = "auto"
+    efficiency: bool = True
     thresholds: dict[str, float] = field(default_factory=dict)
     name: str = "Study"
 
@@ -57,6 +61,10 @@ class StudyConfig:
                 raise ValueError(f"{key} must be a whole number of 1 or more, got {value!r}")
         if self.lpips not in ("alex", "vgg", "off"):
             raise ValueError(f"lpips must be alex, vgg or off, got {self.lpips!r}")
+        if self.judge not in ("auto", "off"):
+            raise ValueError(f"judge must be auto or off, got {self.judge!r}")
+        if not isinstance(self.efficiency, bool):
+            raise ValueError(f"efficiency must be true or false, got {self.efficiency!r}")
 
 
 def _is_int(value: Any) -> bool:
@@ -107,7 +115,10 @@ def _resolved(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     found = {str(k): str(folder / str(v)) if (folder / str(v)).is_file() else str(v) for k, v in plans.items()}
     seeds = data.get("seeds", [0])
     thresholds = data.get("thresholds") or {}
+    # YAML reads a bare off as false.
+    switched_off = {key: "off" for key in ("lpips", "judge") if data.get(key) is False}
     return {
+        **switched_off,
         "prompts": tuple(prompts),
         "plans": found,
         "seeds": tuple(seeds) if isinstance(seeds, list) else (seeds,),

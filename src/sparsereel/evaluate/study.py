@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from sparsereel.evaluate.config import DENSE, StudyConfig
+from sparsereel.evaluate.efficiency import summarise_steps
+from sparsereel.evaluate.judging import can_judge, judge_clips, judge_table
+from sparsereel.evaluate.plots import on_front
+from sparsereel.evaluate.shards import Shard, this_shard, wait_until
 from sparsereel.files import replacing, write_json
 from sparsereel.generation import Clip, Request, environment, generate, load_pipeline, request_data
 from sparsereel.plan import AttentionPlan
@@ -43,6 +47,27 @@ class Cell:
             return None
         return found if self.path.is_file() and found.get("identity") == json.loads(json.dumps(self.identity)) else None
 
+    def found(self) -> dict[str, Any]:
+        """The sidecar of a clip that must be there."""
+        done = self.done()
+        if done is None:
+            raise ValueError(f"the clip {self.path} is gone or has changed; run the study again")
+        return done
+
+
+class _Pipeline:
+    """The study's pipeline, loaded when a clip or a probe first needs it."""
+
+    def __init__(self, config: StudyConfig, shard: Shard):
+        self.config, self.shard = config, shard
+        self.loaded: Any = None
+
+    def get(self) -> Any:
+        if self.loaded is None:
+            config = self.config
+            self.loaded = load_pipeline(config.model, config.dtype, self.shard.device(config.device))
+        return self.loaded
+
 
 def run_study(config: StudyConfig, output: Path, *, update: bool = False, say: Say = lambda text: None) -> dict:
     """Generate what is missing, measure everything, write `result.json` and `report.html`; returns the result.
@@ -58,10 +83,19 @@ def run_study(config: StudyConfig, output: Path, *, update: bool = False, say: S
 
     plans: dict[str, AttentionPlan | None] = {DENSE: None}
     plans |= {name: resolve_plan(source) for name, source in config.plans.items()}
-    _claim(output, config, plans, update)
+    if this_shard().is_first:
+        _claim(output, config, plans, update)
     cells = list_cells(config, output, plans)
-    sidecars = _generate(config, cells, plans, say)
-    result = measure_study(config, cells, sidecars, say)
+    shard = this_shard()
+    pipe = _Pipeline(config, shard)
+    groups = [cells[start : start + len(plans)] for start in range(0, len(cells), len(plans))]
+    _generate(config, [cell for group in shard.share(groups) for cell in group], plans, pipe, say)
+    if not shard.is_first:
+        return {}
+    if shard.count > 1:
+        wait_until(lambda: all(cell.done() for cell in cells))
+    probes = _probe(config, output, plans, pipe, say) if config.efficiency else {}
+    result = measure_study(config, cells, [cell.found() for cell in cells], probes, say)
     result["plans"] = {name: plan.to_dict() for name, plan in plans.items() if plan is not None}
     write_json(output / "result.json", result)
     write_report(output / "report.html", result, {cell.path.stem: cell.path for cell in cells})
@@ -78,7 +112,8 @@ def _claim(output: Path, config: StudyConfig, plans: dict[str, AttentionPlan | N
         except ValueError as error:
             raise ValueError(f"{mark} is damaged ({error}); give another folder, or --update") from error
         # What only decides how results are shown may change freely.
-        differ = [k for k in ours if k not in ("name", "thresholds", "lpips") and ours[k] != theirs.get(k)]
+        free = ("name", "thresholds", "lpips", "judge", "efficiency")
+        differ = [k for k in ours if k not in free and ours[k] != theirs.get(k)]
         if differ:
             raise ValueError(
                 f"{output} holds a study with other {', '.join(differ)}; give another folder, or --update to redo "
@@ -108,8 +143,8 @@ def _request(config: StudyConfig, prompt: str, seed: int) -> Request:
 
 
 def _generate(
-    config: StudyConfig, cells: Sequence[Cell], plans: dict[str, AttentionPlan | None], say: Say
-) -> list[dict[str, Any]]:
+    config: StudyConfig, cells: Sequence[Cell], plans: dict[str, AttentionPlan | None], source: _Pipeline, say: Say
+) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -117,11 +152,10 @@ def _generate(
     pending = sum(done is None for done in found)
     if pending < len(cells):
         say(f"{len(cells) - pending} of {len(cells)} clips are there already and are kept")
-    pipe: Any = load_pipeline(config.model, config.dtype, config.device) if pending else None
     seen: set[str] = set()
-    results = []
     for place, (cell, done) in enumerate(zip(cells, found, strict=True), start=1):
         if done is None:
+            pipe = source.get()
             if hasattr(pipe, "set_progress_bar_config"):
                 pipe.set_progress_bar_config(desc=cell.plan)
             say(f"clip {place} of {len(cells)}: {cell.plan}, seed {cell.seed}, {cell.prompt}")
@@ -131,6 +165,7 @@ def _generate(
             done = {
                 "identity": json.loads(json.dumps(cell.identity)),
                 "seconds": clip.seconds,
+                "step_seconds": list(clip.step_seconds),
                 # The first clip of a plan also builds kernels and masks: its time is shown but not counted.
                 "warm": cell.plan in seen,
                 **_densities(clip),
@@ -139,8 +174,30 @@ def _generate(
             # Last: a sidecar means that the clip is complete.
             write_json(cell.sidecar, done)
             seen.add(cell.plan)
-        results.append(done)
-    return results
+
+
+def _probe(
+    config: StudyConfig, output: Path, plans: dict[str, AttentionPlan | None], source: _Pipeline, say: Say
+) -> dict[str, dict[str, Any]]:
+    """Attention's share, FLOPs and memory of every plan, from short clips; kept beside the clips."""
+    from sparsereel.evaluate.efficiency import probe_plans, read_kept
+
+    request = _request(config, config.prompts[0], config.seeds[0])
+    settings = {"model": config.model, "dtype": config.dtype, "backend": config.backend, "device": config.device}
+    contents = {name: plan and plan.to_dict() for name, plan in plans.items()}
+    identity = {"request": request_data(request), "plans": contents, **settings}
+    path = output / "efficiency.json"
+    kept = read_kept(path, identity)
+    if set(kept) >= set(plans):
+        return {name: kept[name] for name in plans}
+    say("probing every plan: attention's share, FLOPs, memory")
+    try:
+        probes = probe_plans(source.get(), request, plans, config.backend, kept)
+    except ValueError as error:
+        say(f"no efficiency figures: {error}")
+        return {}
+    write_json(path, {"identity": json.loads(json.dumps(identity)), "probes": probes})
+    return probes
 
 
 def _densities(clip: Clip) -> dict[str, float]:
@@ -151,13 +208,20 @@ def _densities(clip: Clip) -> dict[str, float]:
 
 
 def measure_study(
-    config: StudyConfig, cells: Sequence[Cell], sidecars: Sequence[dict[str, Any]], say: Say = lambda text: None
+    config: StudyConfig,
+    cells: Sequence[Cell],
+    sidecars: Sequence[dict[str, Any]],
+    probes: dict[str, dict[str, Any]] | None = None,
+    say: Say = lambda text: None,
 ) -> dict[str, Any]:
-    """Figures of every clip against its dense one, and their summaries a plan."""
+    """Figures of every clip against its dense one and by the judge, and their summaries a plan."""
     from sparsereel.evaluate.comparison import load_measure
     from sparsereel_eval.paired import compare_clips, missed
 
     lpips = load_measure(config.lpips, None, download=False, say=say)
+    judged: dict[Path, dict[str, float]] = {}
+    if config.judge == "auto" and can_judge(config.prompts):
+        judged = judge_clips({cell.path: cell.prompt for cell in cells})
     dense = {(c.number, c.seed): (c, s) for c, s in zip(cells, sidecars, strict=True) if c.plan == DENSE}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in config.plans}
     compared: dict[str, list[Any]] = {name: [] for name in config.plans}
@@ -171,15 +235,23 @@ def measure_study(
         times = {"seconds": sidecar["seconds"], "dense_seconds": base_sidecar["seconds"]}
         warm = sidecar["warm"] and base_sidecar["warm"]
         shares = {kind: sidecar[kind] for kind in ("density", "token_density")}
+        own, other = judged.get(cell.path, {}), judged.get(base.path, {})
         extra = {**shares, "warm": warm, "values": pair.values, "missing": pair.missing}
+        extra |= {"judged": own, "dense_judged": other, "step_seconds": sidecar.get("step_seconds", [])}
         runs[cell.plan].append({**about, **times, **extra, "per_frame": pair.per_frame})
     summary = {name: _summary(runs[name], compared[name]) for name in config.plans}
+    steps = {DENSE: [sidecar for _, sidecar in dense.values()], **runs}
     sentences = [f"{n}: {s}" for n, row in summary.items() for s in missed(row["figures"], config.thresholds)]
     _mark_front(summary)
     return {
         "config": json.loads(json.dumps(asdict(config))),
         "environment": environment(),
+        "environments": _environments(sidecars),
         "summary": summary,
+        "efficiency": {
+            name: {"step_seconds": summarise_steps(rows), **(probes or {}).get(name, {})}
+            for name, rows in steps.items()
+        },
         "between": _between(config, compared),
         "runs": runs,
         "missed": sentences,
@@ -206,16 +278,24 @@ def _summary(runs: list[dict[str, Any]], compared: list[Any]) -> dict[str, Any]:
         "speedup_interval": interval,
         "speedup_clips": len(timed),
         "speedup_is_warm": all(run["warm"] for run in timed),
-        "figures": aggregate(compared, [run["prompt"] for run in runs]),
+        "figures": aggregate(compared, [run["prompt"] for run in runs]) | judge_table(runs),
     }
 
 
 def _mark_front(summary: dict[str, dict[str, Any]]) -> None:
     """Which plans no other beats in both speed and PSNR."""
-    points = {name: (row["speedup"], row["figures"]["psnr"]["mean"]) for name, row in summary.items()}
-    for name, (speed, psnr) in points.items():
-        better = [n for n, (s, p) in points.items() if s >= speed and p >= psnr and (s, p) != (speed, psnr)]
-        summary[name]["on_front"] = not better
+    front = on_front({name: (row["speedup"], row["figures"]["psnr"]["mean"]) for name, row in summary.items()})
+    for name, row in summary.items():
+        row["on_front"] = name in front
+
+
+def _environments(sidecars: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The different environments clips were made in, each with how many."""
+    counted: dict[str, int] = {}
+    for sidecar in sidecars:
+        key = json.dumps(sidecar["environment"], sort_keys=True)
+        counted[key] = counted.get(key, 0) + 1
+    return [{"clips": number, **json.loads(key)} for key, number in counted.items()]
 
 
 def _between(config: StudyConfig, compared: dict[str, list[Any]]) -> list[dict[str, Any]]:
