@@ -73,6 +73,8 @@ BACKENDS = (
     Backend("cpu", "sparsereel_kernels.cpu", automatic=("cpu",)),
     Backend("flex", "sparsereel_kernels.flex", automatic=("cuda",)),
     Backend("torch", "sparsereel_kernels.torch_blocks", automatic=ANY),
+    # Rounds: only by name.
+    Backend("triton_int8", "sparsereel_kernels.triton_int8", automatic=()),
     Backend("reference", "sparsereel_kernels.reference", automatic=()),
 )
 BY_NAME = {backend.name: backend for backend in BACKENDS}

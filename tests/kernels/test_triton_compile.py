@@ -40,6 +40,7 @@ def _cache_of_its_own(monkeypatch, tmp_path):
         (Case("gfx942", "forward", 16, 64, "plain", False), {"v_mfma"}),
         (Case("sm90", "forward", 16, 128, "split", True), {"HGMMA", "UTMALDG"}),
         (Case("sm120", "forward", 32, 128, "tf32", False), {"HMMA"}),
+        (Case("sm90", "forward", 16, 128, "int8", True), {"IGMMA", "HGMMA", "UTMALDG"}),
     ],
     ids=lambda x: f"{x.architecture}-{x.kernel}-{x.variant}" if isinstance(x, Case) else "",
 )

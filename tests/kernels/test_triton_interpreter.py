@@ -34,3 +34,8 @@ BASIC = "lengths_and_blocks or head_dims or groups or modifiers"
 def test_numerics_in_the_interpreter(chosen, at_least):
     arguments = ("-m", "not slow and not gpu", "-k", chosen)
     assert run(str(HERE / "test_triton_numerics.py"), *arguments) >= at_least
+
+
+@pytest.mark.timeout(1200)
+def test_int8_in_the_interpreter():
+    assert run(str(HERE / "test_triton_int8.py"), "-m", "not slow and not gpu", "-k", "device or int8") >= 15

@@ -87,7 +87,7 @@ def target_of(device: torch.device) -> Target:
     return Target(properties.name, architecture, properties.multi_processor_count)
 
 
-def _call(
+def call_of(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -96,6 +96,7 @@ def _call(
     key_lengths: Tensor | None,
     modifier: Modifier | None,
 ) -> Call:
+    """The call of a backend as launch.py takes it."""
     from .launch import Call
 
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
@@ -131,7 +132,7 @@ def forward(
     """
     from . import launch
 
-    return launch.forward(_call(q, k, v, mask, scale, key_lengths, modifier))
+    return launch.forward(call_of(q, k, v, mask, scale, key_lengths, modifier))
 
 
 @torch.no_grad()
@@ -159,5 +160,5 @@ def backward(
     """
     from . import launch
 
-    call = _call(q, k, v, mask, scale, key_lengths, modifier)
+    call = call_of(q, k, v, mask, scale, key_lengths, modifier)
     return launch.backward(call, unit_stride(grad_out), grad_lse, unit_stride(out), lse)

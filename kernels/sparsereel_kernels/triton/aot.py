@@ -39,7 +39,9 @@ SHARED_LIMIT = {
     "sm120": 99 * KIB,
     "gfx942": 64 * KIB,
 }
-TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "v_mfma")
+# Longer names first: "v_mfma" begins "v_mfma_i32".
+BYTES = ("IMMA", "IGMMA", "UTCIMMA", "v_mfma_i32")
+TENSOR_CORE = (*BYTES, "HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "v_mfma")
 TMA = ("UTMALDG", "UBLKCP")
 LOCAL_MEMORY = ("LDL", "STL")
 

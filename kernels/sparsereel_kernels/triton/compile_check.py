@@ -6,7 +6,7 @@
 
 Prints one line a kernel: registers, spills, shared memory, tensor-core and TMA instructions. Exit code 1 where
 - a forward kernel spills or uses local memory,
-- a kernel on 16-bit or tf32 numbers has no tensor-core instruction,
+- a kernel on 16-bit or tf32 numbers has no tensor-core instruction, or one on bytes none for them,
 - a forward kernel on sm_90 or later that was asked for TMA has no TMA load,
 - any kernel needs more shared memory than a block of threads may have there;
 2 for arguments that name nothing, 4 where Triton or its tools are missing. Spills in backward are reported only.
@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import util
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 TOKENS, BLOCK = 512, (128, 64)
 # What a call may carry besides q, k, v and the mask ("bias" has key lengths, too), or how it may differ: fp16 in place
-# of bf16, lists cut in parts for few queries ("split"). Every configuration is compiled plain; forward for 16-bit
-# numbers and the commonest head dim is compiled with the others as well, and everything on fp32 with tf32 products.
-VARIANTS = ("plain", "decay", "bias", "dense", "fp16", "split", "tf32")
+# of bf16, lists cut in parts for few queries ("split"), q k^T in bytes ("int8"). Every configuration is compiled plain;
+# forward for 16-bit numbers and the commonest head dim with the others as well, and what is fp32 with tf32 products.
+VARIANTS = ("plain", "decay", "bias", "dense", "fp16", "split", "int8", "tf32")
 FULLY_CHECKED = ("forward", 16, 128)
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 QUERIES_OF_A_SPLIT, PROCESSORS = 128, 108
@@ -88,6 +88,8 @@ def check(case: Case) -> dict[str, Any]:
         problems.append(f"spills {found.spills} with {found.local_accesses} accesses to local memory")
     if (case.bits == 16 or case.variant == "tf32") and not found.tensor_core:
         problems.append("no tensor-core instruction")
+    if case.variant == "int8" and not any(name in found.tensor_core for name in aot.BYTES):
+        problems.append("no tensor-core instruction on bytes")
     if case.kernel == "forward" and case.tma and not found.tma:
         problems.append("no TMA load")
     if found.shared > limit:
@@ -116,6 +118,7 @@ def launch_of(case: Case) -> Launch:
     target = launch.Target("compile_check", case.architecture, PROCESSORS if splits else 1)
     precision = "tf32" if case.variant == "tf32" else "ieee"
     call = launch.Call(q, k, k, mask, 0.1, lengths, _modifier(case.variant), target, case.tma, precision=precision)
+    call = replace(call, int8=case.variant == "int8")
     lse = torch.empty(q.shape[:3])
     if case.kernel == "forward":
         made = list(launch.forward_launches(call, q, lse))

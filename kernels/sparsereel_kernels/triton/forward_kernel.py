@@ -22,9 +22,11 @@ from .primitives import (
     frames_of_queries,
     head_offset,
     load_rows,
+    logits,
     modified,
     place_of,
     product,
+    scale_of_keys,
     store_rows,
     where_bits,
     wide,
@@ -134,12 +136,13 @@ def plain_softmax_step(b_s, scale, peak, total, S: tl.constexpr):
 
 
 @triton.jit
-def attend_to_tile(state, b_q, k, v, bases, b, h, kv_h, start, limit, scale, edge, modifying, frame_q, kv_len,
-                   table_size, EDGE: tl.constexpr, S: tl.constexpr):  # fmt: skip
+def attend_to_tile(state, b_q, k, v, bases, k_scales, b, h, kv_h, start, limit, scale, edge, modifying, frame_q,
+                   kv_len, table_size, EDGE: tl.constexpr, S: tl.constexpr):  # fmt: skip
     """One tile of keys: the new (acc, peak, total). `edge`: as in `where_bits`, of an edge entry."""
     acc, peak, total = state
     b_k = load_rows(k, bases[0], b, kv_h, start, limit, S.TILE_N, S.D, S.WIDTH, EDGE, S.TMA, S)
-    b_s = product(b_q, tl.trans(b_k), None, S)  # [TILE_M, TILE_N]
+    b_s = logits(b_q, b_k, S)
+    scale = scale_of_keys(k_scales, start, scale, S)
     if EDGE or S.MODIFIER != "none":
         offs_n = start + tl.arange(0, S.TILE_N)
         frame_k = frames_of_keys(modifying, offs_n, kv_len, S)
@@ -160,8 +163,9 @@ def attend_to_tile(state, b_q, k, v, bases, b, h, kv_h, start, limit, scale, edg
 
 
 @triton.jit(do_not_specialize=[*SIZES, "q_blocks"])
-def forward_kernel(q, k, v, out, lse_ptr, lists, lengths_ptr, modifying, scale, batch, heads, group, q_len, kv_len,
-                   q_blocks, mask_batch, mask_heads, max_full, max_part, table_size, S: tl.constexpr):  # fmt: skip
+def forward_kernel(q, k, v, out, lse_ptr, scales, lists, lengths_ptr, modifying, scale, batch, heads, group, q_len,
+                   kv_len, q_blocks, mask_batch, mask_heads, max_full, max_part, table_size,
+                   S: tl.constexpr):  # fmt: skip
     """out and lse of one tile of queries (of one part of its list if SPLITS > 1; merge_kernel then joins the parts)."""
     pid = tl.program_id(0)
     split = pid % S.SPLITS
@@ -176,6 +180,11 @@ def forward_kernel(q, k, v, out, lse_ptr, lists, lengths_ptr, modifying, scale, 
     b_q = load_rows(q, head_offset(q, b, h, S), b, h, first, q_len, S.TILE_M, S.D, S.WIDTH, True, False, S)
     frame_q = frames_of_queries(modifying, offs_m, q_len, S)
     bases = (0, 0) if S.TMA else (head_offset(k, b, kv_h, S), head_offset(v, b, kv_h, S))
+    k_scales = scales.k
+    if S.INT8:
+        at_q = (wide(b) * heads + h) * (q_blocks * S.TILES_Q) + i * S.TILES_Q + unit % S.TILES_Q
+        scale = scale * tl.load(scales.q + at_q)
+        k_scales += (wide(b) * (heads // group) + kv_h) * (tl.cdiv(kv_len, S.BLOCK_K) * S.TILES_K)
     acc = zeros(S.TILE_M, S.V_WIDTH)
     peak = filled(S.TILE_M, float("-inf"))
     total = filled(S.TILE_M, 0.0)
@@ -183,16 +192,16 @@ def forward_kernel(q, k, v, out, lse_ptr, lists, lengths_ptr, modifying, scale, 
     tiles = clean * S.TILES_K
     for t in tl.range(tiles * split // S.SPLITS, tiles * (split + 1) // S.SPLITS):
         start = clean_entry(lists, row, t // S.TILES_K, max_full, S) * S.BLOCK_K + (t % S.TILES_K) * S.TILE_N
-        acc, peak, total = attend_to_tile((acc, peak, total), b_q, k, v, bases, b, h, kv_h, start, limit, scale, None,
-                                          modifying, frame_q, kv_len, table_size, False, S)  # fmt: skip
+        acc, peak, total = attend_to_tile((acc, peak, total), b_q, k, v, bases, k_scales, b, h, kv_h, start, limit,
+                                          scale, None, modifying, frame_q, kv_len, table_size, False, S)  # fmt: skip
     tiles = (part + full - clean) * S.TILES_K
     for t in tl.range(tiles * split // S.SPLITS, tiles * (split + 1) // S.SPLITS):
         j, tile, is_partial = edge_entry(lists, row, t // S.TILES_K, clean, part, max_full, max_part, S)
         first_column = (t % S.TILES_K) * S.TILE_N
         start = j * S.BLOCK_K + first_column
         edge = (lists.bits, tile, is_partial, row_in_block, first_column)
-        acc, peak, total = attend_to_tile((acc, peak, total), b_q, k, v, bases, b, h, kv_h, start, limit, scale,
-                                          edge, modifying, frame_q, kv_len, table_size, True, S)  # fmt: skip
+        acc, peak, total = attend_to_tile((acc, peak, total), b_q, k, v, bases, k_scales, b, h, kv_h, start, limit,
+                                          scale, edge, modifying, frame_q, kv_len, table_size, True, S)  # fmt: skip
     seen = total > 0
     b_out = tl.where(seen[:, None], acc / tl.where(seen, total, 1.0)[:, None], 0.0)
     b_lse = tl.where(seen, (peak + tl.log2(tl.where(seen, total, 1.0))) * LN2, float("-inf"))

@@ -19,7 +19,8 @@ from ..layout import empty_like_query
 from ..modifiers import FrameDecay, KeyBias, Modifier, bias_as_4d, modifier_name, reduce_to_bias
 from . import backward_kernel, configs, forward_kernel
 from .lists import Rows, dense_rows, key_rows, query_rows
-from .primitives import Modifying, Shape, View
+from .primitives import Modifying, Scales, Shape, View
+from .quantise import mean_key, shift_of, smoothed, to_bytes
 
 if TYPE_CHECKING:
     from ..block_mask import BlockMask
@@ -29,6 +30,8 @@ LARGEST_TILE = 256
 # 32-bit offsets inside a tile must hold its rows.
 LARGEST_TOKEN_STRIDE = (2**31 - 1) // LARGEST_TILE - 256
 ROWS_OF_SIMPLE_KERNELS = 32
+# The smallest depth of a product of bytes.
+DEPTH_OF_BYTES = 32
 # A list is cut when the launch has fewer programs than the device runs at once, into parts of so many tiles at least.
 LARGEST_SPLIT, TILES_OF_A_PART = 16, 8
 
@@ -70,6 +73,7 @@ class Call:
     `descriptors`: load through TMA descriptors where configuration, device and tensors allow it.
     `pinned`: configurations by kernel that are taken in place of the stored ones.
     `precision`: of fp32 products, "ieee" or "tf32"; None reads torch's setting.
+    `int8`: forward multiplies queries and keys as bytes (quantise.py).
     """
 
     q: Tensor
@@ -83,6 +87,7 @@ class Call:
     descriptors: bool = True
     pinned: Mapping[str, configs.Config] = field(default_factory=dict)
     precision: str | None = None
+    int8: bool = False
 
     @property
     def interpreted(self) -> bool:
@@ -124,12 +129,14 @@ class Call:
         tma = self.descriptors and config.tma and self.target.architecture in configs.WITH_TMA
         block = tiles if self.mask is None else self.mask.BLOCK_SIZE
         features, v_features = self.q.shape[3], self.v.shape[3]
+        width = max(padded(features), DEPTH_OF_BYTES if self.int8 else 0)
+        tma = tma and (width == features or not self.int8)
         return Shape(
             *block,
             *tiles,
             features,
             v_features,
-            padded(features),
+            width,
             padded(v_features),
             DENSE=self.mask is None,
             PARTIAL=self.mask is not None and self.mask.has_partial,
@@ -140,6 +147,7 @@ class Call:
             TMA=tma and all(map(describable, streamed)),
             PRECISION=self.product_precision,
             STEP=step,
+            INT8=self.int8,
         )
 
     def sizes(self, rows: Rows) -> tuple[int, ...]:
@@ -217,6 +225,9 @@ def forward_launches(call: Call, out: Tensor, lse: Tensor) -> Iterator[Launch]:
     """The launches that fill out and lse, in order."""
     q, k, v = map(within_offsets, (call.q, call.k, call.v))
     config = call.config("forward")
+    scales = Scales(None, None)
+    if call.int8:
+        q, k, scales = quantised(call, q, k, config)
     shape = call.shape(config, common_step(q, k, v, out), (k, v))
     tiles = (shape.TILE_M, shape.TILE_N)
     lengths = (q.shape[2], k.shape[2])
@@ -234,6 +245,7 @@ def forward_launches(call: Call, out: Tensor, lse: Tensor) -> Iterator[Launch]:
         described(v, shape.STEP, shape.TILE_N, shape),
         view(part, shape.STEP),
         part_lse,
+        scales,
         rows.lists,
         call.key_lengths,
         call.modifying(),
@@ -243,6 +255,15 @@ def forward_launches(call: Call, out: Tensor, lse: Tensor) -> Iterator[Launch]:
     yield Launch(forward_kernel.forward_kernel, programs * splits, arguments, shape, config)
     if splits > 1:
         yield merge_launch(part, part_lse, out, lse, shape)
+
+
+def quantised(call: Call, q: Tensor, k: Tensor, config: configs.Config) -> tuple[Tensor, Tensor, Scales]:
+    """Queries and smoothed keys as bytes, and the scales of the tiles that the kernel will walk."""
+    tiles = (config.tile_m, config.tile_n)
+    block = tiles if call.mask is None else call.mask.BLOCK_SIZE
+    k = smoothed(k, mean_key(k, call.key_lengths), call.key_lengths)
+    (q, of_q), (k, of_k) = (to_bytes(x, block[n], tiles[n]) for n, x in enumerate((q, k)))
+    return q, k, Scales(of_q, of_k)
 
 
 def parts_of(out: Tensor, splits: int) -> Tensor:
@@ -270,6 +291,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(call.q):
         for launch in forward_launches(call, out, lse):
             launch.run()
+        if call.int8:
+            lse += shift_of(call.q, mean_key(call.k, call.key_lengths), call.scale)
     return out, lse
 
 

@@ -54,6 +54,13 @@ class Modifying(NamedTuple):
     bias_head: Any
 
 
+class Scales(NamedTuple):
+    """What the bytes of quantised queries and keys stand for: [B, H, tiles] fp32, a factor for every tile of rows."""
+
+    q: Any
+    k: Any
+
+
 @dataclass(frozen=True)
 class Shape:
     """What a kernel is compiled for.
@@ -72,6 +79,7 @@ class Shape:
             which cannot multiply bf16.
         STEP: elements that strides are counted in, so that the compiler knows their common factor.
         SPLITS: parts into which a row's list is cut.
+        INT8: q and k are int8 with a scale a tile; forward only.
     """
 
     BLOCK_Q: int
@@ -92,6 +100,7 @@ class Shape:
     PRECISION: str
     STEP: int
     SPLITS: int = 1
+    INT8: bool = False
 
     @property
     def TILES_Q(self) -> int:
@@ -219,6 +228,24 @@ def product(b_x, b_y, acc, S: tl.constexpr):
     else:
         b_z = tl.dot(b_x, b_y, acc, input_precision=S.PRECISION)
     return b_z
+
+
+@triton.jit
+def logits(b_q, b_k, S: tl.constexpr):
+    """b_q b_k^T, [TILE_M, TILE_N] fp32; of bytes, exactly, in int32."""
+    if S.INT8 and S.PRECISION != "interpreter":
+        b_s = tl.dot(b_q, tl.trans(b_k), out_dtype=tl.int32).to(tl.float32)
+    else:
+        b_s = product(b_q, tl.trans(b_k), None, S)
+    return b_s
+
+
+@triton.jit
+def scale_of_keys(scales_ptr, start, scale, S: tl.constexpr):
+    """`scale` times what the bytes of the tile of keys from `start` on stand for; `scale` itself without INT8."""
+    if S.INT8:
+        scale = scale * tl.load(scales_ptr + (start // S.BLOCK_K) * S.TILES_K + (start % S.BLOCK_K) // S.TILE_N)
+    return scale
 
 
 # ---------------------------------------------------------------- partial blocks

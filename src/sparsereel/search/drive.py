@@ -13,12 +13,12 @@ from torch import nn
 from sparsereel.families import models_of
 from sparsereel.families.layout import decode
 from sparsereel.plan import AttentionPlan
-from sparsereel.search import calibration
+from sparsereel.search import calibration, memory
 from sparsereel.search.candidates import general_presets, resolve
 from sparsereel.search.costs import Costs, Item, Pricing, errors_of, tiles_of
 from sparsereel.search.emit import plan_of, tile_of
 from sparsereel.search.evidence import Alternative, Evidence, heads_of, preset_choice
-from sparsereel.search.forecast import Forecast, measure_anchor
+from sparsereel.search.forecast import Anchor, Forecast, measure_anchor
 from sparsereel.search.progress import Bar, bar, silenced
 from sparsereel.search.reach import GROUPS, measure_reach, middling, probe_steps, weights_of
 from sparsereel.search.record import Recording, Study, record
@@ -27,6 +27,7 @@ from sparsereel.search.settings import Settings, Target, cut_steps
 from sparsereel.search.solve import Front, trace
 from sparsereel.search.verify import HeldOut
 from sparsereel.search.watch import look
+from sparsereel.team import Team
 
 if TYPE_CHECKING:
     from sparsereel.inject import PlanLike
@@ -149,7 +150,10 @@ def run_search(
     models_of(pipe)
     if isinstance(pipe, nn.Module):
         raise ValueError(f"a search generates clips, so it needs a pipeline, got the model {type(pipe).__name__} alone")
-    with silenced(pipe), bar(show) as shown:
+    team = Team.here()
+    if team.size > 1 and folder is None:
+        raise ValueError("several processes search together through files: give folder")
+    with silenced(pipe), bar(show and team.leads) as shown:
         facts = look(pipe, settings.request(0), settings.backend)
         grid = max((decode(layer.layout) for layer in facts.layers.values()), key=lambda grid: grid.seq_len)
         found = resolve(candidates, refine, grid)
@@ -157,9 +161,12 @@ def run_search(
         study = Study.of(settings, facts, found, buckets, folder)
         shown.expect(_steps_of(study))
         shown.stage("recording heads")
-        recording = record(pipe, study, shown.reach, lambda: shown.done(facts.steps))
-        chooser, forecast = _weigh(pipe, study, recording, shown)
-        return _choose(pipe, study, recording, chooser, forecast, shown)
+        if team.leads:
+            shown.note(memory.sentence(pipe, study))
+        recording = record(pipe, study, shown.reach, lambda: shown.done(facts.steps), team)
+        chooser, forecast = _weigh(pipe, study, recording, shown, team)
+        # Times are only worth something where nobody else runs: the leader measures, the others take its result.
+        return team.from_leader(_choose(pipe, study, recording, chooser, forecast, shown) if team.leads else None)
 
 
 def _steps_of(study: Study) -> int:
@@ -169,18 +176,19 @@ def _steps_of(study: Study) -> int:
     return clips * steps + probes * probe_steps(study)
 
 
-def _weigh(pipe: Any, study: Study, recording: Recording, shown: Bar) -> tuple[Chooser, Forecast]:
+def _weigh(pipe: Any, study: Study, recording: Recording, shown: Bar, team: Team) -> tuple[Chooser, Forecast]:
     pricing = Pricing(study, recording)
     prices = {tile: pricing.costs(tile) for tile in tiles_of(study)}
     raw = errors_of(recording)
     number = middling(study, prices[None])
     shown.stage("weighing layers and steps")
-    found = measure_reach(pipe, study, pricing.items, number, shown.done)
+    found = measure_reach(pipe, study, pricing.items, number, shown.done, team)
     weights = weights_of(study, pricing.items, raw, number, found)
     chooser = Chooser(study, pricing.items, raw * weights[:, None], prices)
     everywhere = np.full(len(pricing.items), number)
     shown.stage("timing")
-    anchor = measure_anchor(pipe, study, plan_of(study, pricing.items, everywhere), shown.done)
+    plan = plan_of(study, pricing.items, everywhere)
+    anchor = measure_anchor(pipe, study, plan, shown.done) if team.leads else Anchor(1.0, 1.0, 1.0, 30.0)
     error = float(chooser.errors[:, number].sum())
     return chooser, Forecast(anchor, ((error, anchor.psnr),))
 

@@ -28,6 +28,11 @@ class Bar:
         if self._shown is not None:
             self._shown.update(self._task, description=text)
 
+    def note(self, text: str) -> None:
+        """One line above the bar."""
+        if self._shown is not None:
+            self._shown.console.print(text)
+
     def more(self, steps: int) -> None:
         """Steps that were not expected."""
         if self._shown is not None:

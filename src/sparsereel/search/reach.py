@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from sparsereel.search.costs import Costs, Item
 from sparsereel.search.emit import plan_of
 from sparsereel.search.record import Study
 from sparsereel.search.watch import run
+from sparsereel.team import Team
 
 #: steps of such a run
 STEPS = 8
@@ -80,14 +82,43 @@ def _covers(study: Study, steps: int) -> bool:
 
 
 def measure_reach(
-    pipe: Any, study: Study, items: list[Item], number: int, on_step: Callable[[int], None]
+    pipe: Any, study: Study, items: list[Item], number: int, on_step: Callable[[int], None], team: Team
 ) -> dict[str, float]:
     """Mean squared error of the latents over their variance, by name of the probe; finished runs are kept."""
-    path = None if study.folder is None else study.folder / "reach.json"
-    found: dict[str, float] = {}
-    if path is not None and path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-    missing = [probe for probe in probes_of(items) if probe.name not in found]
+    probes = probes_of(items)
+    mine = [probe for place, probe in enumerate(probes) if team.does(place)]
+    found = _measured(pipe, study, items, number, on_step, mine, team.rank)
+    team.meet()
+    for rank in range(team.size):
+        found |= _kept(study, rank)
+    # A team of another size may have left its files.
+    left = [probe for probe in probes if probe.name not in found]
+    return found | _measured(pipe, study, items, number, on_step, left, team.rank)
+
+
+def _path(study: Study, rank: int) -> Path | None:
+    return None if study.folder is None else study.folder / f"reach{rank or ''}.json"
+
+
+def _kept(study: Study, rank: int) -> dict[str, float]:
+    path = _path(study, rank)
+    if path is None or not path.is_file():
+        return {}
+    kept: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+    return kept
+
+
+def _measured(
+    pipe: Any,
+    study: Study,
+    items: list[Item],
+    number: int,
+    on_step: Callable[[int], None],
+    probes: list[Probe],
+    rank: int,
+) -> dict[str, float]:
+    path, found = _path(study, rank), _kept(study, rank)
+    missing = [probe for probe in probes if probe.name not in found]
     steps = probe_steps(study)
     request = replace(study.settings.request(0), steps=steps)
     dense: torch.Tensor | None = None

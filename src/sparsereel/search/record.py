@@ -23,6 +23,7 @@ from sparsereel.search.errors import SAMPLES, AttentionCall, RowMasks, Sums, mea
 from sparsereel.search.settings import Bucket, Settings
 from sparsereel.search.watch import ModelFacts, run, watched
 from sparsereel.step import StepInfo
+from sparsereel.team import Team
 from sparsereel.token_order import GENERAL_TILE, tile_order
 
 #: format of the files
@@ -159,29 +160,42 @@ def sees_tiles(facts: ModelFacts, layout: Layout) -> bool:
     return facts.ordered and grid.seq_len > GENERAL_TILE[0] * GENERAL_TILE[1] * GENERAL_TILE[2]
 
 
-def record(pipe: Any, study: Study, on_step: Callable[[int], None], on_kept: Callable[[], None]) -> Recording:
+def record(
+    pipe: Any, study: Study, on_step: Callable[[int], None], on_kept: Callable[[], None], team: Team
+) -> Recording:
     """Record all calibration prompts; those with a finished file are taken from it.
 
     Args:
         on_step: told each step number that a run reaches.
         on_kept: told of each prompt that was already there.
+        team: processes that share the prompts; each ends with the whole recording.
     """
+    if team.size > 1:
+        for number in study.settings.calibrating:
+            if team.does(number):
+                _recorded(pipe, study, number, on_step, on_kept)
+        team.meet()
     total = Recording(study)
     for number in study.settings.calibrating:
-        path = None if study.folder is None else study.folder / f"prompt-{number:04d}.safetensors"
-        sums = None if path is None else load_sums(path)
-        if sums is not None:
-            on_kept()
-        else:
-            recorder = PromptRecorder(study, on_step)
-            with watched(pipe, recorder, study.settings.backend):
-                run(pipe, study.settings.request(number))
-            sums = recorder.sums
-            if path is not None:
-                save_sums(path, sums)
-        total.add(sums)
+        total.add(_recorded(pipe, study, number, on_step, on_kept))
     total.check()
     return total
+
+
+def _recorded(
+    pipe: Any, study: Study, number: int, on_step: Callable[[int], None], on_kept: Callable[[], None]
+) -> dict[Key, Sums]:
+    path = None if study.folder is None else study.folder / f"prompt-{number:04d}.safetensors"
+    sums = None if path is None else load_sums(path)
+    if sums is not None:
+        on_kept()
+        return sums
+    recorder = PromptRecorder(study, on_step)
+    with watched(pipe, recorder, study.settings.backend):
+        run(pipe, study.settings.request(number))
+    if path is not None:
+        save_sums(path, recorder.sums)
+    return recorder.sums
 
 
 def save_sums(path: Path, sums: dict[Key, Sums]) -> None:
