@@ -30,7 +30,7 @@ def inspect(
 
     resolved = resolve_plan(plan)
     folder = minireel.WEIGHTS if model in (None, "minireel") else Path(str(model)).expanduser()
-    tokens = _grid_of(grid, size, text, default=model in (None, "minireel"))
+    tokens = grid_of(grid, size, text, default=model in (None, "minireel"))
     found = inspection.inspect_plan(resolved, tokens, inspection.architecture_of(folder), steps=steps)
     if plot is not None:
         inspection.plot(found, plot)
@@ -40,7 +40,8 @@ def inspect(
     console.emit_json(json, found.to_dict())
 
 
-def _grid_of(grid: str | None, size: str | None, text: int, *, default: bool) -> TokenGrid:
+def grid_of(grid: str | None, size: str | None, text: int, *, default: bool = True) -> TokenGrid:
+    """The grid of `--grid`, else of minireel's `--size` where minireel is the model."""
     from sparsereel import minireel
     from sparsereel.grid import TokenGrid
 

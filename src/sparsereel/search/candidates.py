@@ -66,7 +66,7 @@ def resolve(
     """
     if given is not None and refine is not None:
         raise ValueError("give either candidates or a plan to refine, not both")
-    wanted = _of_plan(refine) if refine is not None else _named(given)
+    wanted = methods_of(refine) if refine is not None else _named(given)
     found: list[Method] = [Full()]
     seen: list[Pattern] = []
     for method in dict.fromkeys(wanted):
@@ -83,7 +83,7 @@ def _named(given: Sequence[str | Pattern | Selector] | None) -> list[Method]:
     grid = default_grid()
     if given is None:
         # What presets do is tried as well, so that the result can be told apart from every one of them.
-        hand_set = [method for plan in general_presets().values() for method in _of_plan(plan)]
+        hand_set = [method for plan in general_presets().values() for method in methods_of(plan)]
         return [method for methods in grid.values() for method in methods] + hand_set
     if isinstance(given, str) or not given:
         raise ValueError(f"candidates must be a list of names, patterns or selectors, got {given!r}")
@@ -109,7 +109,8 @@ def general_presets() -> dict[str, AttentionPlan]:
     return {name: plan for name, plan in plans.items() if plan.model.family == "any"}
 
 
-def _of_plan(plan: PlanLike) -> list[Method]:
+def methods_of(plan: PlanLike) -> list[Method]:
+    """What the heads of a plan do at any step, sinks included, in the order of the plan."""
     resolved = resolve_plan(plan)
     wanted: list[Method] = []
     for _, layers in resolved.components:
