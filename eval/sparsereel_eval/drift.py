@@ -75,9 +75,14 @@ def judge_over_time(
     return windows
 
 
+def ends(count: int) -> int:
+    """How many windows at the start, and as many at the end, stand for them."""
+    return max(1, round(count * ENDS))
+
+
 def drift(windows: list[Window]) -> dict[str, dict[str, Any]]:
     """Every score at the start (the first fifth of the windows), at the end (the last fifth), and end less start."""
-    count = max(1, round(len(windows) * ENDS))
+    count = ends(len(windows))
     result = {}
     for name in (field.name for field in fields(JudgeScore) if field.name != "direction"):
         start, end = (mean(getattr(w.score, name) for w in part) for part in (windows[:count], windows[-count:]))

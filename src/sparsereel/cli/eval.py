@@ -9,7 +9,9 @@ import typer
 
 from sparsereel.cli import console
 
-app = typer.Typer(help="Measure clips: fidelity, distances between sets, text match, VBench.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure clips: fidelity, distances between sets, text match, the judge, VBench.", no_args_is_help=True
+)
 
 Json = Annotated[str | None, typer.Option("--json", help="Write the result as JSON to this path, or - for stdout.")]
 Download = Annotated[bool, typer.Option("--download", help="Fetch missing weights; nothing is fetched without.")]
@@ -256,6 +258,28 @@ def run_command(
         console.say(sentence)
     if result["missed"]:
         raise typer.Exit(console.MISSED)
+
+
+@app.command("judge")
+def judge_command(
+    clips: Annotated[Path, typer.Argument(help="A clip or a folder of clips made by minireel.")],
+    prompt: Annotated[str | None, typer.Option(help="Of every clip, where no JSON beside it says it.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a clip in the clips' order.")] = None,
+    window: Annotated[float, typer.Option(min=0.01, help="Seconds judged at a time, for drift.")] = 1.0,
+    fps: Annotated[float | None, typer.Option(min=0.1, help="Frames a second, over the file's.")] = None,
+    json: Json = None,
+) -> None:
+    """Does a clip show its prompt's digit, colour, count and motion, and does it still do so at the end?"""
+    from sparsereel.evaluate.judging import judge_paths
+
+    result = judge_paths(clips, prompt, prompts, window=window, fps=fps)
+    for name, row in result["table"].items():
+        console.say(f"{name} {row['mean']:.3f}   interval {_interval(row['interval'])}   ({row['n']} clips)")
+    for name, row in result["drift"].items():
+        console.say(
+            f"{name} over time: {row['start']:.3f} at the start, {row['end']:.3f} at the end ({row['clips']} clips)"
+        )
+    console.emit_json(json, result)
 
 
 @app.command()

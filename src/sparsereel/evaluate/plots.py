@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-_PLOT = {"width": 560, "height": 320, "left": 60, "right": 150, "top": 16, "bottom": 44}
+_PLOT = {"width": 560, "height": 320, "left": 60, "right": 150, "top": 24, "bottom": 44}
 _UNITS = {"psnr": "PSNR, dB", "temporal_psnr": "temporal PSNR, dB"}
 
 

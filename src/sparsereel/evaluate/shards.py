@@ -1,4 +1,4 @@
-"""A study over several processes: `accelerate launch -m sparsereel.cli eval run ...`.
+"""A study over several processes: `accelerate launch -m sparsereel eval run ...`.
 
 Every process makes its own prompts and seeds; the first then measures all. They meet over the clips on the disk, not
 over a network, so that a process that was killed is replaced by running the command again.
