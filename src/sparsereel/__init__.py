@@ -20,6 +20,7 @@ from sparsereel.plan import AttentionPlan
 from sparsereel.report import LayerReport, Report
 from sparsereel.search import search
 from sparsereel.stream import stream
+from sparsereel.tune import tune
 from sparsereel_kernels import BackendUnavailable, BlockMask, FrameDecay, KeyBias, sparse_attention
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ __all__ = [
     "sparsified",
     "sparsify",
     "stream",
+    "tune",
 ]
 
 

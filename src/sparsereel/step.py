@@ -34,6 +34,8 @@ class StepSource:
     def __init__(self) -> None:
         self._pipes: list[weakref.ref[Any]] = []
         self._counters: list[_StepCounter] = []
+        #: the step, where somebody who runs the model without a scheduler says it
+        self.told: StepInfo | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepSource:
         # A model copied together with its pipeline belongs to that copy; one copied alone, to no pipeline.
@@ -65,6 +67,8 @@ class StepSource:
 
     def current(self, model: torch.nn.Module) -> StepInfo | None:
         """The step in progress, or None when nothing says."""
+        if self.told is not None:
+            return self.told
         frame = _pipeline_frame(model)
         if frame is not None:
             pipe = frame.f_locals["self"]

@@ -32,7 +32,7 @@ def extend(
     json: Annotated[str | None, typer.Option("--json", help="Write the result as JSON here, or - for stdout.")] = None,
 ) -> None:
     """A longer or larger clip without training: an mp4, a PNG contact sheet and a JSON sidecar."""
-    sizes = {name: _size(name, given) for name, given in (("frames", frames), ("height", height), ("width", width))}
+    sizes = parse_sizes(frames=frames, height=height, width=width)
     if not any(sizes.values()):
         raise ValueError("extend needs --frames, --height or --width, such as --frames 2x")
     if dry_run:
@@ -47,6 +47,11 @@ def extend(
     request = Request(prompt, seed=seed, steps=steps, guidance=guidance, negative_prompt=negative_prompt)
     result = _generate(request, sizes, method, plan, output, model, dtype, device)
     console.emit_json(json, result)
+
+
+def parse_sizes(**given: str | None) -> dict[str, float | int | None]:
+    """Frames, height and width as typed: `2x` is a ratio, `65` a target."""
+    return {name: _size(name, text) for name, text in given.items()}
 
 
 def _size(name: str, given: str | None) -> float | int | None:

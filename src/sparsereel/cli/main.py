@@ -18,6 +18,7 @@ from sparsereel.cli.inspect import inspect
 from sparsereel.cli.models import models
 from sparsereel.cli.search import search
 from sparsereel.cli.stream import stream
+from sparsereel.cli.tune import tune
 
 app = typer.Typer(
     name="sparsereel",
@@ -31,6 +32,7 @@ app.command()(generate)
 app.command()(extend)
 app.command()(stream)
 app.command()(search)
+app.command()(tune)
 app.command()(inspect)
 app.command()(models)
 app.command()(doctor)

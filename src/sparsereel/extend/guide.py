@@ -91,7 +91,7 @@ def enlarge(latents: Tensor, size: tuple[int, int]) -> Tensor:
 
 def enlarge_pixels(vae: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
     """The same by way of decoded frames: decode, enlarge bilinearly, encode; the VAE's scaling undone and put back."""
-    mean, scale = _statistics(vae, latents)
+    mean, scale = statistics_of(vae, latents)
     with torch.no_grad():
         frames = vae.decode((latents / scale + mean).to(vae.dtype), return_dict=False)[0].float()
         factor = frames.shape[-1] // latents.shape[-1]
@@ -102,7 +102,7 @@ def enlarge_pixels(vae: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
     return ((found.float() - mean) * scale).to(latents.dtype)
 
 
-def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+def statistics_of(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, scale) such that latents = (encoded - mean) * scale."""
     config = vae.config
     if getattr(config, "latents_mean", None) is not None and latents.ndim == 5:
