@@ -20,7 +20,7 @@ from sparsereel.grid import Permutation, TokenGrid
 from sparsereel.patterns import Full, Pattern
 from sparsereel.plan import AttentionPlan, LayerPlan
 from sparsereel.token_order import BLOCK, MASKS, best_tile
-from sparsereel_kernels import dispatch
+from sparsereel_kernels import BlockMask, dispatch
 from sparsereel_kernels.cost import expected_share
 from sparsereel_kernels.problem import Problem
 
@@ -146,7 +146,7 @@ def inspect_plan(plan: AttentionPlan, grid: TokenGrid, model: Architecture, *, s
     full = 4.0 * grid.seq_len**2 * model.head_dim
     for layer in layers:
         for heads, does in _alike(layer):
-            density, tokens = _over_steps(plan, layer, heads[0], grid, order, steps, dense=short)
+            density, tokens = _over_steps(plan, layer, heads[0], grid, order, steps, model.head_dim, dense=short)
             groups.append(HeadGroup(layer.index, heads, does, density, tokens, full * len(heads) * density))
     return Inspection(
         plan.describe(),
@@ -181,6 +181,7 @@ def _over_steps(
     grid: TokenGrid,
     order: Permutation | None,
     steps: int,
+    head_dim: int,
     *,
     dense: bool,
 ) -> tuple[float, float]:
@@ -196,23 +197,37 @@ def _over_steps(
             continue
         whole = MASKS.get(patterns, grid, block=BLOCK, layer=layer.index, order=order)
         own = MASKS.get((patterns[head].for_head(layer.index, head),), grid, block=BLOCK, order=order)
-        dear = expected_share(whole, backend_here(grid.seq_len)) > plan.schedule.max_density
+        dear = _expected_here(whole, grid.seq_len, head_dim) > plan.schedule.max_density
         pairs.append((1.0, 1.0) if dear or own is None else (own.density, own.token_density))
     return sum(p[0] for p in pairs) / steps, sum(p[1] for p in pairs) / steps
 
 
-def backend_here(tokens: int) -> str:
-    """Name of the backend that would run a sparse call of that length on this machine."""
+#: what models are taken to run in; configs do not say
+DTYPE = torch.bfloat16
+
+
+def _device_here() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _expected_here(mask: BlockMask | None, tokens: int, head_dim: int) -> float:
+    """Time over that of a dense call, on this machine, for a model in bf16."""
+    backend = backend_here(tokens, head_dim)
+    return expected_share(mask, backend, device_type=_device_here(), dtype=DTYPE, head_dim=head_dim)
+
+
+def backend_here(tokens: int, head_dim: int = 64) -> str:
+    """Name of the backend that would run a sparse call in bf16 on this machine."""
     problem = Problem(
-        device_type="cuda" if torch.cuda.is_available() else "cpu",
-        dtype=torch.bfloat16,
+        device_type=_device_here(),
+        dtype=DTYPE,
         batch=1,
         heads=1,
         kv_heads=1,
         q_len=tokens,
         kv_len=tokens,
-        head_dim=64,
-        v_dim=64,
+        head_dim=head_dim,
+        v_dim=head_dim,
         block=BLOCK,
         has_partial=True,
         modifier=None,
