@@ -82,6 +82,21 @@ def imaging_quality(frames: Iterable[np.ndarray], rating: Rating) -> float:
     return float(np.mean(ratings)) / 100
 
 
+def aesthetic_quality(frames: Iterable[np.ndarray], rating: Rating) -> float:
+    """Mean rating of the frames (LAION's head: 0 to 10, and a little beyond) / 10."""
+    ratings = [float(rating(frame)) for frame in frames]
+    _need(len(ratings), 1, "aesthetic_quality")
+    return float(np.mean(ratings)) / 10
+
+
+def appearance_style(frames: Iterable[np.ndarray], features: Features, style: torch.Tensor) -> float:
+    """Mean cosine (CLIP) of the frames and the words that name the style, (D,)."""
+    text = torch.nn.functional.normalize(style.double().flatten(), dim=0)
+    terms = [float(torch.nn.functional.normalize(features(f).double().flatten(), dim=0) @ text) for f in frames]
+    _need(len(terms), 1, "appearance_style")
+    return float(np.mean(terms))
+
+
 def _levels(frame: np.ndarray) -> np.ndarray:
     return frame.astype(np.float32) if frame.dtype == np.uint8 else frame.astype(np.float32) * 255
 

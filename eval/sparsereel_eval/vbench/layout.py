@@ -5,13 +5,14 @@ A prompt becomes a file name here, as the official program reads it back from th
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparsereel_eval.readers import CLIP_SUFFIXES
-from sparsereel_eval.vbench.names import FLICKERING_SAMPLES, SAMPLES, SUITES
+from sparsereel_eval.vbench.names import FLICKERING_SAMPLES, SAMPLES, SUITES, dimension
 
 _LONGEST = 255  # bytes of a file name
 
@@ -60,6 +61,37 @@ def coverage(folder: Path, prompts: Iterable[str], suite: str | None = None) -> 
     wanted = [clip_name(p, i, "") for p in dict.fromkeys(prompts) for i in range(samples)]
     missing = tuple(name for name in wanted if name not in there)
     return Coverage(len(wanted), len(wanted) - len(missing), missing)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An entry of the official VBench_full_info.json; `style` is the phrase that appearance_style compares with."""
+
+    text: str
+    dimensions: tuple[str, ...]
+    style: str | None = None
+
+
+def read_info(path: Path) -> list[Prompt]:
+    """The official prompts of every dimension.
+
+    Raises:
+        ValueError: unreadable, or not of the official form.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        found = []
+        for entry in data:
+            about = (entry.get("auxiliary_info") or {}).get("appearance_style") or {}
+            style = about.get("appearance_style") if isinstance(about, dict) else about
+            found.append(Prompt(entry["prompt_en"], tuple(map(dimension, entry["dimension"])), style))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read the prompts {path}: {error}") from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no VBench_full_info.json: it must list prompt_en and dimension") from error
+    if not found:
+        raise ValueError(f"{path} holds no prompts")
+    return found
 
 
 def read_suite(folder: Path, suite: str) -> list[str]:

@@ -211,19 +211,92 @@ def _lacking(name: str, missing: tuple[str, ...]) -> str:
     return f"{len(lacking)} of {len(members)} dimensions are missing ({', '.join(lacking)})"
 
 
+Environment = Annotated[Path | None, typer.Option("--env", help="The official program's environment.")]
+
+
 @vbench.command("measure")
 def vbench_measure(
-    clips: Annotated[Path, typer.Argument(help="A clip or a folder of clips of any prompts.")],
+    clips: Annotated[Path, typer.Argument(help="A clip or a folder of clips; of any prompts, unless --info is given.")],
     dimensions: Annotated[list[str] | None, typer.Option("--dimension", help="May be given several times.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder of the networks' files; default $VBENCH_CACHE_DIR or ~/.cache/vbench.")
+    ] = None,
+    info: Annotated[
+        Path | None, typer.Option(help="The official VBench_full_info.json: clips are named {prompt}-{index}.mp4.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for files in official layout.")] = None,
+    name: Annotated[str | None, typer.Option(help="First part of their names.")] = None,
+    fps: Annotated[float | None, typer.Option(min=0.1, help="Frames a second, over the files'.")] = None,
+    official: Annotated[bool, typer.Option("--official", help="Run the official program; see vbench setup.")] = False,
+    env: Environment = None,
+    download: Download = False,
     json: Json = None,
 ) -> None:
-    """Dimensions that need no weights, on any clips; the others say which weights the official program needs."""
-    from sparsereel.evaluate.vbench import measure
+    """Dimensions whose weights are there, on any clips; the others say in a line what they need."""
+    from sparsereel.evaluate.vbench import Sources, measure
+    from sparsereel_eval.vbench.weights import default_folder
 
-    result = measure(clips, dimensions, console.say)
-    for name, row in result["vbench_like"].items():
-        console.say(f"{name} {row['mean']:.4f}   interval {_interval(row['interval'])}   ({row['n']} clips)")
+    if official:
+        _vbench_official(clips, dimensions, weights, info, output, name or "official", env, json)
+        return
+    sources = Sources(weights or default_folder(), download, fps)
+    result = measure(
+        clips, dimensions, console.say, sources=sources, info=info, output=output, name=name or "vbench_like"
+    )
+    for key, row in result["vbench_like"].items():
+        console.say(f"{key} {row['score']:.4f}   interval {_interval(row['interval'])}   ({row['n']} clips)")
     console.emit_json(json, result)
+    if dimensions and result["left_out"]:
+        raise typer.Exit(console.MISSING)
+
+
+def _vbench_official(
+    clips: Path,
+    dimensions: list[str] | None,
+    weights: Path | None,
+    info: Path | None,
+    output: Path | None,
+    name: str,
+    env: Path | None,
+    json: str | None,
+) -> None:
+    from sparsereel_eval.lpips import MissingWeights
+    from sparsereel_eval.vbench import official
+    from sparsereel_eval.vbench.names import DIMENSIONS
+
+    if output is None:
+        raise ValueError("--official needs -o, a folder for the official program's files")
+    chosen = dimensions or [key for key, about in DIMENSIONS.items() if info or about.custom]
+    try:
+        result = official.run(
+            env or official.default_environment(), clips, chosen, output, name=name, info=info, weights=weights
+        )
+    except MissingWeights as error:
+        raise typer.Exit(console.complain(str(error), console.MISSING)) from error
+    for key, row in result["results"].items():
+        console.say(f"{key} {row[0]:.4f}")
+    for key, reason in result["failed"].items():
+        console.say(f"{key} failed: {reason}")
+    console.emit_json(json, result)
+    if result["failed"]:
+        raise typer.Exit(console.MISSING)
+
+
+@vbench.command("setup")
+def vbench_setup(env: Environment = None, download: Download = False) -> None:
+    """Build the official program's own environment, once: about 6 GB from PyPI, with --download."""
+    from sparsereel_eval.lpips import MissingWeights
+    from sparsereel_eval.vbench import official
+
+    place = env or official.default_environment()
+    if not download:
+        text = f"setup fetches about 6 GB from PyPI into {place}; say --download to do so"
+        raise typer.Exit(console.complain(text, console.MISSING))
+    try:
+        official.build(place, console.say)
+    except MissingWeights as error:
+        raise typer.Exit(console.complain(str(error), console.MISSING)) from error
+    console.say(f"built {place}; use it with sparsereel eval vbench measure --official")
 
 
 @app.command("run")
