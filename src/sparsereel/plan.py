@@ -28,6 +28,7 @@ from sparsereel.plan_entries import (
     Method,
     Named,
     Numbers,
+    SinkMap,
     StepRange,
     Timeline,
     Use,
@@ -57,7 +58,9 @@ class AttentionPlan:
     Args:
         model: The model it was made for.
         schedule: When attention stays dense.
-        keep_sinks: Every pattern (but full and skip) also sees the first frame of a video.
+        keep_sinks: Every pattern (but full and skip) and every selector also sees the sinks: those of `sink_map`, or
+            without one the first frame of a video.
+        sink_map: Where sinks sit in each layer; layers that it does not name have none.
         patterns: Named patterns, (name, pattern) pairs in order.
         components: For each component ("transformer", "unet", or a glob such as "*") its layer entries in order.
         calibration: What a search measured; plain data, carried along.
@@ -71,24 +74,25 @@ class AttentionPlan:
     components: tuple[tuple[str, tuple[tuple[LayerKey, LayerEntry], ...]], ...] = ()
     calibration: dict[str, Any] = field(default_factory=dict, hash=False)
     compensation: Compensation | None = None
+    sink_map: SinkMap | None = None
 
     @classmethod
     def uniform(cls, pattern: Method, **options: Any) -> AttentionPlan:
         """The plan that uses `pattern` (or a selector) for every head of every layer at every step.
 
         Args:
-            options: Fields of `Schedule`, `keep_sinks` and `compensation` (an object or a name).
+            options: Fields of `Schedule`, `keep_sinks`, `sink_map` and `compensation` (an object or a name).
 
         Raises:
             ValueError: not a pattern, an unknown option.
         """
         if not isinstance(pattern, (Pattern, Selector)):
             raise ValueError(f"uniform needs a pattern or a selector, such as Radial(), got {pattern!r}")
-        others = {name: options.pop(name) for name in ("keep_sinks", "compensation") if name in options}
+        others = {name: options.pop(name) for name in ("keep_sinks", "sink_map", "compensation") if name in options}
         valid = [f.name for f in fields(Schedule)]
         unknown = [name for name in options if name not in valid]
         if unknown:
-            names = ", ".join([*valid, "keep_sinks", "compensation"])
+            names = ", ".join([*valid, "keep_sinks", "sink_map", "compensation"])
             raise ValueError(f"unknown plan option {unknown[0]!r}; the options are {names}")
         if isinstance(others.get("compensation"), (str, dict)):
             from sparsereel.compensation import from_plain
@@ -166,10 +170,15 @@ class AttentionPlan:
             for _, entry in layers:
                 for choice in (entry.default, *(choice for _, choice in entry.heads)):
                     stretches = choice.stretches if isinstance(choice, Timeline) else ((None, choice),)
-                    uses |= dict.fromkeys(str(self._pattern(use)) for _, use in stretches)
+                    uses |= dict.fromkeys(self._describe(use) for _, use in stretches)
         schedule = ", ".join(f"{f.name} {getattr(self.schedule, f.name)}" for f in fields(Schedule))
         more = f"; {self.compensation}" if self.compensation is not None else ""
         return f"{', '.join(uses) or 'full'} ({schedule}{more})"
+
+    def _describe(self, use: Use) -> str:
+        if self.sink_map is None:
+            return str(self._pattern(use, 0))
+        return f"{self.pattern_of(use)}{' + mapped sinks' if self.keep_sinks else ''}"
 
     def resolve(self, component: str, layer_names: Sequence[str], heads: Sequence[int]) -> list[LayerPlan]:
         """What each layer of one component does.
@@ -194,7 +203,7 @@ class AttentionPlan:
             found = [entry for key, entry in numbered if index in key]
             found += [entry for key, entry in globs if fnmatchcase(name, key)]
             entry = found[0] if found else LayerEntry(Full())
-            plans.append(LayerPlan(name, index, self._heads(entry, name, count)))
+            plans.append(LayerPlan(name, index, self._heads(entry, name, index, count)))
         return plans
 
     def _entries(self, component: str) -> tuple[tuple[LayerKey, LayerEntry], ...]:
@@ -204,24 +213,27 @@ class AttentionPlan:
         return next((table for glob, table in self.components if fnmatchcase(component, glob)), ())
 
     def _heads(
-        self, entry: LayerEntry, name: str, count: int
+        self, entry: LayerEntry, name: str, layer: int, count: int
     ) -> tuple[tuple[tuple[StepRange | None, Method], ...], ...]:
         for numbers, _ in entry.heads:
             if numbers.largest >= count:
                 raise ValueError(f"heads {numbers.text!r}: layer {name} has {count} heads (0-{count - 1})")
         choices = [next((c for numbers, c in entry.heads if head in numbers), entry.default) for head in range(count)]
-        return tuple(self._stretches(choice) for choice in choices)
+        return tuple(self._stretches(choice, layer) for choice in choices)
 
-    def _stretches(self, choice: Choice) -> tuple[tuple[StepRange | None, Method], ...]:
+    def _stretches(self, choice: Choice, layer: int) -> tuple[tuple[StepRange | None, Method], ...]:
         if isinstance(choice, Timeline):
-            return (*((stretch, self._pattern(use)) for stretch, use in choice.stretches), (None, Full()))
-        return ((None, self._pattern(choice)),)
+            return (*((stretch, self._pattern(use, layer)) for stretch, use in choice.stretches), (None, Full()))
+        return ((None, self._pattern(choice, layer)),)
 
-    def _pattern(self, use: Use) -> Method:
+    def _pattern(self, use: Use, layer: int) -> Method:
         pattern = self.pattern_of(use)
+        places = () if self.sink_map is None else self.sink_map.places(layer)
+        if not self.keep_sinks or isinstance(pattern, (Full, Skip)) or (self.sink_map is not None and not places):
+            return pattern
         if isinstance(pattern, Selector):
-            return replace(pattern, keep_sinks=True) if self.keep_sinks else pattern
-        return KeepSinks(pattern) if self.keep_sinks and not isinstance(pattern, (Full, Skip)) else pattern
+            return replace(pattern, keep_sinks=True, sinks=places)
+        return KeepSinks(pattern, places=places)
 
     def pattern_of(self, use: Use) -> Method:
         """The pattern or selector that a name or a combination stands for (without kept sinks)."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from sparsereel.patterns import Full, Pattern
+from sparsereel.patterns.sink_tokens import Place
 from sparsereel.schedule import Amount, check_step, share_of
 from sparsereel.selectors.base import Selector
 
@@ -90,6 +91,17 @@ class LayerEntry:
 
     default: Choice
     heads: tuple[tuple[Numbers, Choice], ...] = ()
+
+
+@dataclass(frozen=True)
+class SinkMap:
+    """Where attention sinks sit, layer by layer: (numbers of layers, places) pairs; see `patterns.SinkTokens`."""
+
+    entries: tuple[tuple[Numbers, tuple[Place, ...]], ...] = ()
+
+    def places(self, layer: int) -> tuple[Place, ...]:
+        """The sinks of one layer; none where the map does not name it."""
+        return next((places for numbers, places in self.entries if layer in numbers), ())
 
 
 # Layers are named by number (Numbers) or by a glob over module names (str).

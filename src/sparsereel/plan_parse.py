@@ -6,11 +6,14 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import partial
 from itertools import combinations
 from typing import Any, NoReturn
 
 from sparsereel import compensation, patterns, selectors
 from sparsereel.patterns import AllOf, AnyOf, Pattern, Skip
+from sparsereel.patterns.sink_tokens import Place as SinkPlace
+from sparsereel.patterns.sink_tokens import check_places
 from sparsereel.plan import VERSION, AttentionPlan, ModelSpec
 from sparsereel.plan_entries import (
     Choice,
@@ -19,6 +22,7 @@ from sparsereel.plan_entries import (
     LayerKey,
     Named,
     Numbers,
+    SinkMap,
     StepRange,
     Timeline,
     Use,
@@ -28,7 +32,17 @@ from sparsereel.registry import lists, tuples
 from sparsereel.schedule import Schedule
 from sparsereel.selectors import Selector
 
-TOP_KEYS = ("version", "model", "schedule", "keep_sinks", "compensation", "patterns", "components", "calibration")
+TOP_KEYS = (
+    "version",
+    "model",
+    "schedule",
+    "keep_sinks",
+    "sink_map",
+    "compensation",
+    "patterns",
+    "components",
+    "calibration",
+)
 MODEL_KEYS = {"family": "family", "class": "class_name", "layers": "layers", "heads": "heads"}
 WORDS = ("any", "all", "selector")
 RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
@@ -94,11 +108,12 @@ def parse_plan(data: Any, source: Source) -> AttentionPlan:
     return AttentionPlan(
         model=_parse_model(parts["model"]) if "model" in parts else ModelSpec(),
         schedule=_parse_schedule(parts["schedule"]) if "schedule" in parts else Schedule(),
-        keep_sinks=_parse_flag(parts["keep_sinks"]) if "keep_sinks" in parts else False,
+        keep_sinks=_parse_flag(parts["keep_sinks"]) if "keep_sinks" in parts else "sink_map" in parts,
         patterns=tuple(named.items()),
         components=_parse_components(parts["components"], named) if "components" in parts else (),
         calibration=_parse_calibration(parts["calibration"]) if "calibration" in parts else {},
         compensation=_parse_compensation(parts.get("compensation")),
+        sink_map=_parse_sinks(parts["sink_map"]) if "sink_map" in parts else None,
     )
 
 
@@ -127,6 +142,15 @@ def _parse_flag(place: Place) -> bool:
     if not isinstance(place.value, bool):
         place.fail(f"must be true or false, got {_short(place.value)}")
     return bool(place.value)
+
+
+def _parse_sinks(place: Place) -> SinkMap:
+    entries = []
+    for key, entry in place.items("sink_map"):
+        places: tuple[SinkPlace, ...] = entry.checked(partial(check_places, tuples(entry.value)))
+        entries.append((_parse_numbers(key.replace(" ", ""), entry), places, entry))
+    _refuse_overlaps("layer", [(numbers, entry) for numbers, _, entry in entries])
+    return SinkMap(tuple((numbers, places) for numbers, places, _ in entries))
 
 
 def _parse_compensation(place: Place | None) -> compensation.Compensation | None:
@@ -326,6 +350,8 @@ def describe_plan(plan: AttentionPlan) -> dict[str, Any]:
         "schedule": {f.name: getattr(plan.schedule, f.name) for f in fields(Schedule)},
         "keep_sinks": plan.keep_sinks,
     }
+    if plan.sink_map is not None:
+        data["sink_map"] = {numbers.text: lists(places) for numbers, places in plan.sink_map.entries}
     if plan.compensation is not None:
         data["compensation"] = plan.compensation.to_plain()
     if plan.patterns:

@@ -15,7 +15,7 @@ from sparsereel.patterns.testing import compositions, leaves
 def test_names_are_those_of_the_catalogue():
     assert set(patterns.names()) == {
         "full", "skip", "neighborhood", "sliding_tile", "radial", "spatial", "temporal", "sink", "causal", "diagonal",
-        "multi_diagonal", "vertical_stripe", "blocked", "sharded", "random_global",
+        "multi_diagonal", "vertical_stripe", "blocked", "sharded", "random_global", "sink_tokens",
     }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparsereel.cli import console
+from sparsereel.cli.sinks import probe_sinks
 
 if TYPE_CHECKING:
     from sparsereel.grid import TokenGrid
@@ -22,9 +23,20 @@ def inspect(
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the run.")] = 20,
     model: Annotated[str | None, typer.Option(help="Folder of a diffusers pipeline; default minireel.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG of density by layer and head.")] = None,
+    sinks: Annotated[bool, typer.Option("--sinks", help="Run the model densely and look for attention sinks.")] = False,
+    prompts: Annotated[Path | None, typer.Option(help="With --sinks: a text file with one prompt a line.")] = None,
+    sink_ratio: Annotated[float, typer.Option(help="With --sinks: times the median mass that makes a sink.")] = 20.0,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="With --sinks: write the plan with its sink_map here.")
+    ] = None,
     json: Annotated[str | None, typer.Option("--json", help="Write the result as JSON here, or - for stdout.")] = None,
 ) -> None:
-    """Density and attention FLOPs of a plan, without running the model."""
+    """Density and attention FLOPs of a plan, without running the model; with --sinks the sinks of a model that runs."""
+    if sinks:
+        probe_sinks(plan, size, grid, steps, model, prompts, sink_ratio, output, json)
+        return
+    if prompts is not None or output is not None:
+        raise ValueError("--prompts and --output go with --sinks")
     from sparsereel import inspection, minireel
     from sparsereel.presets import resolve_plan
 

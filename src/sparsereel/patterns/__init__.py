@@ -26,6 +26,7 @@ from sparsereel.patterns.random_global import RandomGlobal
 from sparsereel.patterns.registry import make, names
 from sparsereel.patterns.sharded import Sharded
 from sparsereel.patterns.sink import Sink
+from sparsereel.patterns.sink_tokens import SinkTokens
 from sparsereel.patterns.skip import Skip
 from sparsereel.patterns.sliding_tile import SlidingTile
 from sparsereel.patterns.spatial import Spatial
@@ -51,6 +52,7 @@ __all__ = [
     "RandomGlobal",
     "Sharded",
     "Sink",
+    "SinkTokens",
     "Skip",
     "SlidingTile",
     "Spatial",

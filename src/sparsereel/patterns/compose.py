@@ -15,6 +15,7 @@ from sparsereel.patterns.base import Pattern
 from sparsereel.patterns.layout import INDEX, Side, Tokens
 from sparsereel.patterns.rules import Band, Both, Either, Layout, Marked, Rule
 from sparsereel.patterns.sink import Sink
+from sparsereel.patterns.sink_tokens import Place, SinkTokens
 from sparsereel.patterns.skip import Skip
 
 
@@ -106,11 +107,13 @@ def _queries_without_keys(rule: Rule, grid: TokenGrid) -> Tensor:
 class KeepSinks(Pattern):
     """`pattern | sink` in videos, `pattern` alone in one-frame grids, where the first frame would be everything.
 
-    What `keep_sinks: true` in a plan makes of its patterns.
+    What `keep_sinks: true` in a plan makes of its patterns. With `places`, found by a probe, it is `pattern |
+    sink_tokens` instead, in images too: a few columns, not a whole frame.
     """
 
     pattern: Pattern
     frames: int = 1
+    places: tuple[Place, ...] = ()
 
     name: ClassVar[str] = "keep_sinks"
 
@@ -119,14 +122,16 @@ class KeepSinks(Pattern):
         return self.pattern.sees_itself
 
     def __str__(self) -> str:
-        return f"{self.pattern} + first frame"
+        return f"{self.pattern} + {f'{len(self.places)} sinks' if self.places else 'first frame'}"
 
     def _inner(self, grid: TokenGrid) -> Pattern:
+        if self.places:
+            return self.pattern | SinkTokens(self.places)
         return self.pattern if grid.frames == 1 else self.pattern | Sink(self.frames)
 
     def for_head(self, layer: int, head: int) -> Pattern:
         pattern = self.pattern.for_head(layer, head)
-        return self if pattern == self.pattern else KeepSinks(pattern, self.frames)
+        return self if pattern == self.pattern else KeepSinks(pattern, self.frames, self.places)
 
     def preferred_tile(self, grid: TokenGrid) -> tuple[int, int, int] | None:
         return self.pattern.preferred_tile(grid)

@@ -15,6 +15,7 @@ from sparsereel.patterns.radial import Radial
 from sparsereel.patterns.random_global import RandomGlobal
 from sparsereel.patterns.sharded import Sharded
 from sparsereel.patterns.sink import Sink
+from sparsereel.patterns.sink_tokens import SinkTokens
 from sparsereel.patterns.skip import Skip
 from sparsereel.patterns.sliding_tile import SlidingTile
 from sparsereel.patterns.spatial import Spatial
@@ -38,6 +39,7 @@ CLASSES: tuple[type[Any], ...] = (
     Blocked,
     Sharded,
     RandomGlobal,
+    SinkTokens,
 )
 
 

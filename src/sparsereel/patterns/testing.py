@@ -72,6 +72,10 @@ def leaves() -> st.SearchStrategy[Pattern]:
         st.builds(
             patterns.RandomGlobal, SHARES | st.just(0.0), st.integers(0, 2), st.integers(1, 9), st.integers(0, 3)
         ),
+        st.builds(
+            patterns.SinkTokens,
+            st.lists(_axes(st.integers(0, 8) | st.sampled_from([0.0, 0.4, 0.9])), min_size=1, max_size=3).map(tuple),
+        ),
         # The first column is in every grid.
         st.builds(lambda more: patterns.VerticalStripe((0, *more)), columns),
     )
@@ -85,6 +89,7 @@ def compositions() -> st.SearchStrategy[Pattern]:
             st.builds(lambda a, b: a & b, inner, inner),
             st.builds(lambda a, b: a | b, inner, inner),
             st.builds(patterns.KeepSinks, inner),
+            st.builds(lambda x: patterns.KeepSinks(x, places=((0, 0.5, 0.2),)), inner),
         ),
         max_leaves=4,
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparsereel.grid import Permutation, TokenGrid
 from sparsereel.patterns import arguments
+from sparsereel.patterns.sink_tokens import Place, check_places
 from sparsereel.registry import lists
 from sparsereel.selectors import checks
 from sparsereel.selectors.assemble import to_block_mask
@@ -121,7 +122,8 @@ class Selector:
         refresh: when `refreshing` computes scores again: every so many steps (1 or "every step" = always), "once" (at
             the first sparse step, then frozen), or at the first call and then at a list of steps (whole numbers) or of
             shares of all steps.
-        keep_sinks: everything also sees the first frame of a video.
+        keep_sinks: everything also sees the first frame of a video, or `sinks`, where there are any.
+        sinks: (frame, row, column) of tokens that everything sees; see `patterns.SinkTokens`.
 
     Raises:
         ValueError: a value out of range.
@@ -129,12 +131,15 @@ class Selector:
 
     refresh: checks.Refresh = 1
     keep_sinks: bool = False
+    sinks: tuple[Place, ...] = ()
 
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
         arguments.store(self, refresh=checks.refresh(self.refresh))
         arguments.flag("keep_sinks", self.keep_sinks)
+        if self.sinks != ():
+            arguments.store(self, sinks=check_places(self.sinks))
         self.check()
 
     def check(self) -> None:
@@ -179,7 +184,8 @@ class Selector:
             context.grid,
             context.block,
             order=order or context.order,
-            sink_frames=int(self.keep_sinks),
+            sink_frames=int(self.keep_sinks and not self.sinks),
+            sinks=self.sinks if self.keep_sinks else (),
             key_lengths=context.key_lengths,
             device=device,
         )

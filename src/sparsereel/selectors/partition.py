@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsereel.grid import Permutation, TokenGrid
+from sparsereel.patterns.sink_tokens import Place, marks_of
 from sparsereel_kernels.block_lists import block_counts, check_block
 
 # Numbers that a selector holds at a time in a table over blocks or tokens, where work can be cut: on a CPU few enough
@@ -57,6 +58,7 @@ class Partition:
         *,
         order: Permutation | None = None,
         sink_frames: int = 0,
+        sinks: tuple[Place, ...] = (),
         key_lengths: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> Partition:
@@ -65,10 +67,11 @@ class Partition:
         Args:
             order: order of the tokens in the sequence; None = grid order.
             sink_frames: frames at the start of a video that everything sees; an image has none.
+            sinks: places of tokens that everything sees, in images too.
             key_lengths: [B], tokens of each sample that are not padding.
         """
         block = check_block(block)
-        settled = _settled(grid, block, order, sink_frames if grid.frames > 1 else 0)
+        settled = _settled(grid, block, order, sink_frames if grid.frames > 1 else 0, sinks)
         if key_lengths is None:
             valid = torch.full((1,), grid.seq_len, dtype=torch.int64, device=device)
         else:
@@ -170,11 +173,17 @@ def _sizes(valid: Tensor, count: int, block: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _settled(grid: TokenGrid, block: tuple[int, int], order: Permutation | None, sink_frames: int) -> dict[str, Tensor]:
+def _settled(
+    grid: TokenGrid, block: tuple[int, int], order: Permutation | None, sink_frames: int, sinks: tuple[Place, ...]
+) -> dict[str, Tensor]:
     """The fields of a Partition that depend on the grid alone, on the CPU."""
     frame = frames_in_order(grid, order)
     outside = frame < 0
     seen = outside | (frame < sink_frames)
+    if sinks:
+        marked = torch.zeros(grid.seq_len, dtype=torch.bool)
+        marked[grid.video_start : grid.video_start + grid.video_len] = marks_of(sinks, grid)
+        seen |= marked if order is None else marked[order.indices]
     return {
         "sees_all": outside,
         "seen_by_all": seen,

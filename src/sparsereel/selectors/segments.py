@@ -77,6 +77,18 @@ def _ends(labels: Tensor, block: int, shape: torch.Size) -> tuple[Tensor, Tensor
     return labels[..., starts].expand(*shape, -1), labels[..., stops].expand(*shape, -1)
 
 
+def blocks_with(tokens: Tensor, order: Tensor, block: int) -> Tensor:
+    """bool [B or 1, H or 1, 1, nK]: key blocks of a moved sequence that hold any of these tokens.
+
+    Args:
+        tokens: bool [S], in the order before.
+        order: int64 [B or 1, H or 1, S], alike for all heads of a sample.
+    """
+    moved = tokens[order]
+    fill = -moved.shape[-1] % block
+    return F.pad(moved, (0, fill)).unflatten(-1, (-1, block)).any(-1)[:, :, None]
+
+
 def with_the_rest(chosen: Tensor, q_sizes: Tensor, k_sizes: Tensor) -> Tensor:
     """Pairs of segments with two more segments: tokens that see and are seen by everything, and padding.
 

@@ -106,7 +106,9 @@ class Svg(Selector):
 
     def _maps(self, context: SelectionContext, moved: Permutation | None) -> tuple[Tensor, Tensor]:
         """bool [nQ, nK] of the spatial and of the temporal pattern, in the orders that their heads have."""
-        spatial, temporal = (KeepSinks(x) if self.keep_sinks else x for x in self._patterns(context.grid))
+        spatial, temporal = (
+            KeepSinks(x, places=self.sinks) if self.keep_sinks else x for x in self._patterns(context.grid)
+        )
         grid, block, order = context.grid, context.block, context.order
         return _visited(spatial, grid, block, order), _visited(temporal, grid, block, moved or order)
 

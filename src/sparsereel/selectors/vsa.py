@@ -17,7 +17,14 @@ from sparsereel.selectors.base import Selection, SelectionContext, Selector, reo
 from sparsereel.selectors.choose import top_k
 from sparsereel.selectors.partition import Partition
 from sparsereel.selectors.scores import products
-from sparsereel.selectors.segments import arrangement, labelled, reached_blocks, segment_means, with_the_rest
+from sparsereel.selectors.segments import (
+    arrangement,
+    blocks_with,
+    labelled,
+    reached_blocks,
+    segment_means,
+    with_the_rest,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +57,9 @@ class Vsa(Selector):
         number, count = _cubes(context.grid, context.order, arguments.three(self.cube))
         number = number.to(q.device)
         order_q, q_sorted, q_sizes = arrangement(labelled(number, count, cut.sees_all, cut), count + 2)
-        order_k, k_sorted, k_sizes = arrangement(labelled(number, count, cut.seen_by_all, cut), count + 2)
+        # Single sinks stay in their cubes: one token taken out would shift every cube behind it off its blocks.
+        rest = cut.sees_all if self.sinks else cut.seen_by_all
+        order_k, k_sorted, k_sizes = arrangement(labelled(number, count, rest, cut), count + 2)
         q_means = segment_means(reorder(q, order_q), q_sizes)[:, :, :count]
         k_means = segment_means(reorder(k, order_k), k_sizes)[:, :, :count]
         competing = (k_sizes > 0)[:, :, None, :count]
@@ -58,6 +67,8 @@ class Vsa(Selector):
         chosen = top_k(products(q_means, k_means, scale_of(q, context)), budget, competing)
         pairs = with_the_rest(chosen, q_sizes, k_sizes)
         blocks = reached_blocks(pairs, q_sorted, k_sorted, cut.block)
+        if self.sinks:
+            blocks = blocks | blocks_with(cut.seen_by_all, order_k, cut.block[1])
         mask = to_block_mask(cut.unsettled().finish(blocks), cut.length, cut.block)
         return Selection(mask, order_q, order_k)
 
