@@ -115,7 +115,8 @@ def _open_video(path: Path) -> ClipFile:
     about = subprocess.run(command, capture_output=True, check=False).stderr.decode(errors="replace")
     stream = next((line for line in about.splitlines() if "Video:" in line), None)
     if stream is None:
-        raise ValueError(f"{path} cannot be read as a video: {_reason(about, path)}")
+        reason = "it holds sound only" if "Audio:" in about else _reason(about, path)
+        raise ValueError(f"{path} cannot be read as a video: {reason}")
     rate = re.search(r"([\d.]+)(k?) fps", stream)
     fps = None if rate is None else float(rate[1]) * (1000 if rate[2] else 1)
     with closing(_decode(path)) as frames:

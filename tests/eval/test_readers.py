@@ -184,3 +184,37 @@ def test_sets_and_pairs(tmp_path):
         pair_clips(tmp_path / "a", tmp_path / "b")
     with pytest.raises(ValueError, match="both be clips or both be folders"):
         pair_clips(tmp_path / "a" / "2.npy", tmp_path / "b")
+
+
+def test_a_rotated_video_stands_upright(tmp_path, frames):
+    encode(tmp_path / "flat.mp4", frames[:, :, :34], "-c:v", "libx264", "-pix_fmt", "yuv444p")
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-display_rotation", "90", "-i"]
+    subprocess.run([*command, str(tmp_path / "flat.mp4"), "-c", "copy", str(tmp_path / "turned.mp4")], check=True)
+    flat, turned = open_clip(tmp_path / "flat.mp4"), open_clip(tmp_path / "turned.mp4")
+    assert (turned.height, turned.width) == (34, 26)
+    np.testing.assert_array_equal(turned.read(), np.rot90(flat.read(), 1, (1, 2)))
+
+
+@pytest.mark.parametrize("ending", ["png", "gif", "npy", "safetensors"])
+def test_a_video_with_a_wrong_ending_is_named(tmp_path, frames, ending):
+    encode(tmp_path / "video.mp4", frames, *LOSSLESS)
+    wrong = (tmp_path / "video.mp4").rename(tmp_path / f"wrong.{ending}")
+    with pytest.raises(ValueError, match=rf"wrong\.{ending} cannot be read as"):
+        open_clip(wrong)
+
+
+def test_sound_alone_is_no_video(tmp_path):
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", "anullsrc", "-t", "0.2"]
+    subprocess.run([*command, str(tmp_path / "sound.mp4")], check=True)
+    with pytest.raises(ValueError, match=r"sound\.mp4 .* sound only"):
+        open_clip(tmp_path / "sound.mp4")
+
+
+def test_ten_thousand_files_in_a_folder(tmp_path):
+    (tmp_path / "many").mkdir()
+    for index in range(10_000):
+        (tmp_path / "many" / f"clip {index} \u732b.npy").touch()
+    clips = list_clips(tmp_path / "many")
+    assert [clip.name for clip in clips] == [f"clip {index} \u732b.npy" for index in range(10_000)]
+    pairs, lonely = pair_clips(tmp_path / "many", tmp_path / "many")
+    assert (len(pairs), lonely) == (10_000, [])

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import yaml
@@ -224,3 +228,62 @@ def test_the_report_sorts_and_plays(study):
             assert said == []
         finally:
             browser.close()
+
+
+def without_times(value):
+    """A result without what a clock or the machine's memory decides."""
+    changing = ("seconds", "speedup", "efficiency", "environment", "warm", "on_front")
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if not any(word in k for word in changing)}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def started(path, output, **variables):
+    command = [sys.executable, "-m", "sparsereel", "eval", "run", str(path), "-o", str(output)]
+    return subprocess.Popen(command, env={**os.environ, **variables}, stderr=subprocess.DEVNULL)
+
+
+def test_killed_in_the_middle_and_resumed_gives_the_same(study, tmp_path):
+    _, path, result = study
+    process = started(path, tmp_path / "out")
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "out").glob("clips/*.json"))) < 4 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    there = len(list((tmp_path / "out").glob("clips/*.json")))
+    assert 4 <= there < 12, "killed in the middle"
+    assert not (tmp_path / "out" / "result.json").exists()
+    assert run(["eval", "run", str(path), "-o", str(tmp_path / "out")]) == 0
+    again = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert without_times(again) == without_times(result)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_clips(study, tmp_path):
+    _, path, result = study
+    out = tmp_path / "out"
+    both = [started(path, out, RANK=str(rank), WORLD_SIZE="2") for rank in (1, 0)]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    assert without_times(json.loads((out / "result.json").read_text())) == without_times(result)
+
+
+def test_shards():
+    from sparsereel.evaluate.shards import Shard
+
+    groups = list(range(7))
+    shares = [Shard(index, 3).share(groups) for index in range(3)]
+    assert shares == [[0, 3, 6], [1, 4], [2, 5]]
+    assert Shard().share(groups) == groups
+    assert Shard(1, 2).device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize(("rank", "world"), [("2", "2"), ("x", "1")])
+def test_contradicting_shards_are_refused(monkeypatch, rank, world):
+    from sparsereel.evaluate.shards import this_shard
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(ValueError, match="RANK"):
+        this_shard()

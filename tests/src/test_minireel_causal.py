@@ -192,3 +192,26 @@ def test_wrong_use_is_one_sentence(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             pipeline("a red 3 on navy", num_inference_steps=1, **arguments)
+
+
+def test_the_shipped_causal_model_goes_on_from_its_cache():
+    """The second chunk depends on the first, and all but the transformer is minireel's own."""
+    pipeline, plain = minireel.load_causal(), minireel.load()
+    assert (pipeline.chunk_frames, pipeline.window_frames) == (3, 9)
+    assert torch.equal(pipeline.text_encoder.shared.weight, plain.text_encoder.shared.weight)
+    ours, theirs = pipeline.transformer.state_dict(), plain.transformer.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+    size = {"height": 48, "width": 48, "steps": 4, "guidance": 2.0}
+    red, blue = (
+        roll_out(pipeline, [text], 2, generators=[torch.Generator().manual_seed(0)], **size)
+        for text in ("a red 3 moving right on navy", "a blue 3 moving right on navy")
+    )
+    assert not torch.allclose(red[:, :, :3], blue[:, :, :3], atol=0.1)
+    pixels = pipeline.decode(red)[0]
+    assert pixels.shape == (21, 48, 48, 3)
+    # The navy ground: blue above red and green, in the first frame and in the last.
+    for frame in (pixels[0], pixels[-1]):
+        ground = frame.reshape(-1, 3)[frame.reshape(-1, 3).sum(1) < 0.8].mean(0)
+        assert ground[2] > ground[0]
+        assert ground[2] > ground[1]

@@ -83,8 +83,7 @@ def run_study(config: StudyConfig, output: Path, *, update: bool = False, say: S
 
     plans: dict[str, AttentionPlan | None] = {DENSE: None}
     plans |= {name: resolve_plan(source) for name, source in config.plans.items()}
-    if this_shard().is_first:
-        _claim(output, config, plans, update)
+    _claim(output, config, plans, update, write=this_shard().is_first)
     cells = list_cells(config, output, plans)
     shard = this_shard()
     pipe = _Pipeline(config, shard)
@@ -102,8 +101,10 @@ def run_study(config: StudyConfig, output: Path, *, update: bool = False, say: S
     return result
 
 
-def _claim(output: Path, config: StudyConfig, plans: dict[str, AttentionPlan | None], update: bool) -> None:
-    """Mark the folder as this study's."""
+def _claim(
+    output: Path, config: StudyConfig, plans: dict[str, AttentionPlan | None], update: bool, write: bool
+) -> None:
+    """Mark the folder as this study's; with `write` off only see that it is not another's."""
     ours = json.loads(json.dumps({**asdict(config), "plan_contents": {k: v and v.to_dict() for k, v in plans.items()}}))
     mark = output / "study.json"
     if mark.is_file() and not update:
@@ -119,7 +120,8 @@ def _claim(output: Path, config: StudyConfig, plans: dict[str, AttentionPlan | N
                 f"{output} holds a study with other {', '.join(differ)}; give another folder, or --update to redo "
                 "what has changed"
             )
-    write_json(mark, ours)
+    if write:
+        write_json(mark, ours)
 
 
 def list_cells(config: StudyConfig, output: Path, plans: dict[str, AttentionPlan | None]) -> list[Cell]:
