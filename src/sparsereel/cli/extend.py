@@ -18,7 +18,9 @@ def extend(
     frames: Annotated[str | None, typer.Option(help="2x: twice the trained length; 65: so many frames.")] = None,
     height: Annotated[str | None, typer.Option(help="1.5x of the trained height, or pixels.")] = None,
     width: Annotated[str | None, typer.Option(help="1.5x of the trained width, or pixels.")] = None,
-    method: Annotated[str, typer.Option(help="auto, plain, riflex, pi, ntk, yarn, ultravico ...")] = "auto",
+    method: Annotated[
+        str, typer.Option(help="auto, plain, ultravico, window, freenoise, yarn, freeswim ...; several by +")
+    ] = "auto",
     plan: Annotated[str | None, typer.Option(help="Preset name or plan file; dense without it.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="The mp4 to write.")] = Path("out.mp4"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would cost.")] = False,
@@ -86,6 +88,9 @@ def _generate(
     if output.suffix != ".mp4" or output.is_dir():
         raise ValueError(f"-o must be a file that ends in .mp4, got {output}")
     check_writable(output.parent)
+    if model in (None, "minireel") or Path(str(model)).expanduser().is_dir():
+        # Before anything is loaded.
+        _forecast(model, sizes, method, plan, request.steps, request.guidance, dtype, device).check()
     pipe = load_pipeline(model, dtype, device)
     report = sparsereel.extend(pipe, **sizes, method=method, plan=plan)
     extension = report.to_dict()["extension"]
@@ -152,6 +157,15 @@ def _forecast(
     )
 
 
+def _free(found: Forecast) -> str:
+    return "" if found.free is None else f", {found.free / 2**30:.1f} GiB are free"
+
+
+def _windows(found: Forecast) -> str:
+    """Where the model runs more often than the sampler asks."""
+    return "" if found.passes == found.forwards else f", as {found.passes:,.0f} passes over parts or sizes"
+
+
 def _print(found: Forecast) -> None:
     seconds = "unknown: run `sparsereel bench cost` once"
     if found.attention_seconds is not None:
@@ -161,12 +175,12 @@ def _print(found: Forecast) -> None:
         ("call", ", ".join(f"{name}={value}" for name, value in found.arguments.items())),
         ("method", found.method),
         ("tokens", f"{found.tokens:,} (trained: {found.trained_tokens:,})"),
-        ("forward passes", f"{found.forwards} in {found.steps} steps"),
+        ("forward passes", f"{found.forwards} in {found.steps} steps{_windows(found)}"),
         ("attention density", f"{found.density:.3f}"),
         ("self-attention TFLOPs", f"{found.attention_flops / 1e12:.3f}"),
         ("other TFLOPs", f"{found.other_flops / 1e12:.3f}"),
         ("self-attention seconds", seconds),
-        ("memory while denoising", f"{found.memory / 2**30:.2f} GiB (estimate, without decoding)"),
+        ("memory while denoising", f"{found.memory / 2**30:.2f} GiB (estimate, without decoding){_free(found)}"),
     ]
     for name, value in rows:
         console.say(f"{name:24s}{value}")

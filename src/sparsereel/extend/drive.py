@@ -9,6 +9,8 @@ from torch import nn
 
 from sparsereel.extend import on_pipeline, recipes, sizes
 from sparsereel.extend.extension import Extension
+from sparsereel.extend.memory import check_loaded
+from sparsereel.extend.passes import passes
 from sparsereel.families import find, models_of
 from sparsereel.inject import Injection, PlanLike, restore, sparsify
 from sparsereel.patterns import Full
@@ -68,6 +70,8 @@ def run_extend(
     """See `sparsereel.extend`."""
     models = models_of(pipe)
     wanted, recipe = choose(pipe, models, frames, height, width, method)
+    largest = max(passes(recipe, wanted, 2), key=lambda run: run.total)
+    check_loaded(pipe, next(iter(models.values())), wanted, largest.tokens)
     before = [injection for model in models.values() if (injection := _injection(model)) is not None]
     explicit = next((injection.runtime for injection in before if not injection.runtime.dense_as_found), None)
     backend = "auto" if explicit is None or plan is not None else explicit.backend
@@ -134,6 +138,11 @@ def notes_of(models: dict[str, nn.Module], wanted: sizes.Sizes, recipe: recipes.
     larger = any(ratio > 1 for ratio in wanted.ratios[1:])
     if larger and recipe == recipes.Recipe(time=recipe.time, decay=recipe.decay):
         notes.append("rows and columns are extrapolated plainly")
+    target, trained = wanted.target_tokens, wanted.trained_tokens
+    if wanted.grows and recipe.window is not None and recipe.window.pattern(target, trained, 0) is None:
+        notes.append(f"{recipe.window.name} changes nothing: no axis that it is for has grown enough")
+    if wanted.grows and recipe.views is not None and recipe.views.sides(target, trained) == target:
+        notes.append("views change nothing: no axis that they are for has grown")
     rope = getattr(next(iter(models.values())), "rope", None)
     if wanted.ratios[0] > 1 and rope is not None and recipe.time.name == "riflex":
         notes.append(_riflex_note(rope, wanted, recipe))

@@ -3,7 +3,7 @@
 The pipeline is put together on the meta device from its configuration files, so that a 14B checkpoint costs nothing to
 look at. FLOPs count a multiplication and an addition as two. Seconds come from the cost table that `sparsereel bench
 cost` measures, for self-attention alone; without a table there are none. Memory is an estimate for denoising: all
-weights, and what the largest block holds at once; decoding the clip is not in it.
+weights, and what the largest pass holds at its peak (memory.py); decoding the clip is not in it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import torch
 from torch import nn
 
 from sparsereel.extend.drive import choose, notes_of
+from sparsereel.extend.memory import activations, available, check
+from sparsereel.extend.passes import passes, window_share
+from sparsereel.extend.sizes import Sizes
 from sparsereel.families import models_of
-from sparsereel.families.base import by_suffix
 from sparsereel.grid import TokenGrid
 from sparsereel.inspection import architecture_of, backend_here, inspect_plan
 from sparsereel.plan import AttentionPlan
@@ -36,10 +38,14 @@ class Forecast:
         tokens, trained_tokens: length of the self-attention sequence.
         method: what is changed, in short.
         steps, forwards: denoising steps, and forward passes of the whole clip.
-        density: share of key blocks that self-attention visits.
+        density: share of pairs (of a plan: of key blocks) that self-attention visits.
         attention_flops, other_flops: of the clip: self-attention's two products, and all other matrix products.
         attention_seconds: of the clip, on this machine; None without a cost table.
-        memory: bytes while denoising.
+        passes: of the model over any number of tokens, windows and second paths counted.
+        memory: bytes while denoising, the weights among them.
+        memory_per_token: bytes that a token more would add.
+        free: bytes that the device has left; None = unknown.
+        sizes: trained and wanted, as `extend` understood them.
         notes: what the user should know.
     """
 
@@ -51,16 +57,28 @@ class Forecast:
     method: str
     steps: int
     forwards: int
+    passes: float
     density: float
     attention_flops: float
     other_flops: float
     attention_seconds: float | None
     memory: float
+    memory_per_token: float
+    free: float | None
+    sizes: Sizes
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "sizes"}
+
+    def check(self) -> None:
+        """Refuse a clip that does not fit in memory.
+
+        Raises:
+            ValueError: it needs more than is free; the text names the largest size that fits.
+        """
+        check(self.sizes, self.memory, self.free, self.memory_per_token)
 
 
 def forecast(
@@ -86,26 +104,38 @@ def forecast(
     """
     pipe = meta_pipeline(folder, pipeline_class)
     models = models_of(pipe)
+    model = next(iter(models.values()))
     wanted, recipe = choose(pipe, models, sizes.get("frames"), sizes.get("height"), sizes.get("width"), method)
     defaults = inspect.signature(type(pipe).__call__).parameters
     steps = int(steps or defaults["num_inference_steps"].default)
     guidance = float(defaults["guidance_scale"].default if guidance is None else guidance)
     forwards = steps * (2 if guidance > 1 else 1)
+    runs = passes(recipe, wanted, forwards)
     frames, height, width = wanted.target_tokens
     grid, architecture = TokenGrid(frames, height, width), architecture_of(folder)
     found = None if plan is None else inspect_plan(plan, grid, architecture, steps=steps)
     density = 1.0 if found is None else found.density
     layers = len(architecture.layers)
-    pairs = 4.0 * grid.seq_len**2 * architecture.head_dim * architecture.heads * layers
+    each = 4.0 * architecture.head_dim * architecture.heads * layers
+    windows = {run: window_share(recipe, wanted, run.tokens, layers) if run.windowed else 1.0 for run in runs}
+    pairs = sum(run.count * run.total**2 * density * windows[run] for run in runs)
+    whole = sum(run.count * run.total**2 for run in runs)
     fit = cost.find(torch.device(device).type, dtype, architecture.head_dim, backend_here(grid.seq_len))
     if fit is None:
         seconds = None
     elif found is None:
-        seconds = fit.seconds(grid.seq_len, 1.0, 1.0) * architecture.heads * layers * forwards
+        one = (run.count * fit.seconds(run.total, windows[run], windows[run]) for run in runs)
+        seconds = sum(one) * architecture.heads * layers
     else:
-        each = (len(g.heads) * fit.seconds(grid.seq_len, g.density, g.token_density) for g in found.groups)
-        seconds = sum(each) * forwards
-    model = next(iter(models.values()))
+        shares = [(len(g.heads), g.density, g.token_density) for g in found.groups]
+        seconds = sum(
+            run.count * heads * fit.seconds(run.total, dense * windows[run], tokens * windows[run])
+            for run in runs
+            for heads, dense, tokens in shares
+        )
+    largest = max(runs, key=lambda run: run.total)
+    held = activations(model, pipe, wanted, largest.tokens, dtype, device)
+    memory = _weights(folder, models, dtype) + held
     return Forecast(
         arguments=wanted.arguments,
         target=wanted.target,
@@ -115,11 +145,15 @@ def forecast(
         method=recipe.describe(),
         steps=steps,
         forwards=forwards,
-        density=density,
-        attention_flops=pairs * density * forwards,
-        other_flops=_linear_flops(model, grid.seq_len) * forwards,
+        passes=sum(run.count for run in runs),
+        density=pairs / whole,
+        attention_flops=each * pairs,
+        other_flops=sum(run.count * _linear_flops(model, run.total) for run in runs),
         attention_seconds=seconds,
-        memory=_weights(folder, models, dtype) + _activations(model, grid.seq_len, dtype),
+        memory=memory,
+        memory_per_token=held / largest.total,
+        free=available(device),
+        sizes=wanted,
         notes=notes_of(models, wanted, recipe) + ((found.note,) if found is not None and found.note else ()),
     )
 
@@ -179,12 +213,3 @@ def _weights(folder: Path, models: dict[str, nn.Module], dtype: torch.dtype) -> 
     own = sum(p.numel() for model in models.values() for p in model.parameters()) * dtype.itemsize
     others = (file for file in folder.glob("*/*.safetensors") if file.parent.name not in models)
     return float(own + sum(file.stat().st_size for file in others))
-
-
-def _activations(model: nn.Module, tokens: int, dtype: torch.dtype) -> float:
-    """Bytes that a block holds at once: the stream, its norm in fp32, and q, k, v and output, or the widest MLP."""
-    attention: Any = by_suffix(model, [".attn1", ".attn"])[0][1]
-    width = int(attention.to_q.out_features)
-    inner = max(int(m.out_features) for n, m in model.named_modules() if isinstance(m, nn.Linear) and "blocks." in n)
-    stream = width * (dtype.itemsize + 4)
-    return float(tokens) * (stream + dtype.itemsize * max(4 * width, 2 * inner))
