@@ -64,6 +64,7 @@ class AttentionPlan:
         patterns: Named patterns, (name, pattern) pairs in order.
         components: For each component ("transformer", "unet", or a glob such as "*") its layer entries in order.
         calibration: What a search measured; plain data, carried along.
+        source: Where its settings come from: paper, size, steps, claim; plain data, carried along.
         compensation: What makes up for skipped blocks, in every layer; None = nothing does.
     """
 
@@ -75,6 +76,7 @@ class AttentionPlan:
     calibration: dict[str, Any] = field(default_factory=dict, hash=False)
     compensation: Compensation | None = None
     sink_map: SinkMap | None = None
+    source: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @classmethod
     def uniform(cls, pattern: Method, **options: Any) -> AttentionPlan:

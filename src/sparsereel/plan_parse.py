@@ -42,6 +42,7 @@ TOP_KEYS = (
     "patterns",
     "components",
     "calibration",
+    "source",
 )
 MODEL_KEYS = {"family": "family", "class": "class_name", "layers": "layers", "heads": "heads"}
 WORDS = ("any", "all", "selector")
@@ -111,7 +112,8 @@ def parse_plan(data: Any, source: Source) -> AttentionPlan:
         keep_sinks=_parse_flag(parts["keep_sinks"]) if "keep_sinks" in parts else "sink_map" in parts,
         patterns=tuple(named.items()),
         components=_parse_components(parts["components"], named) if "components" in parts else (),
-        calibration=_parse_calibration(parts["calibration"]) if "calibration" in parts else {},
+        calibration=_parse_notes(parts["calibration"]) if "calibration" in parts else {},
+        source=_parse_notes(parts["source"]) if "source" in parts else {},
         compensation=_parse_compensation(parts.get("compensation")),
         sink_map=_parse_sinks(parts["sink_map"]) if "sink_map" in parts else None,
     )
@@ -324,8 +326,8 @@ def _check_stretches(place: Place, stretches: list[StepRange]) -> None:
             place.fail(f"steps {one.text!r} and {other.text!r} overlap")
 
 
-def _parse_calibration(place: Place) -> dict[str, Any]:
-    return {key: _plain_value(entry) for key, entry in place.items("calibration")}
+def _parse_notes(place: Place) -> dict[str, Any]:
+    return {key: _plain_value(entry) for key, entry in place.items("an entry")}
 
 
 def _plain_value(place: Place) -> Any:
@@ -361,7 +363,9 @@ def describe_plan(plan: AttentionPlan) -> dict[str, Any]:
         for name, layers in plan.components
     }
     if plan.calibration:
-        data["calibration"] = _parse_calibration(Place(plan.calibration, Source(), ("calibration",)))
+        data["calibration"] = _parse_notes(Place(plan.calibration, Source(), ("calibration",)))
+    if plan.source:
+        data["source"] = _parse_notes(Place(plan.source, Source(), ("source",)))
     return data
 
 

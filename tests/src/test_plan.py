@@ -208,7 +208,7 @@ def test_uniform():
         (lambda: AttentionPlan.uniform(Radial(), dense=3), "unknown plan option 'dense'; the options are dense_first"),
         (
             lambda: presets.load("radiall"),
-            "unknown preset 'radiall'; the presets are minireel-large, neighborhood, radial, sliding-tile",
+            "unknown preset 'radiall'; the presets are minireel-large, .*, spatial-temporal; for one model: cogvideox/",
         ),
         (lambda: resolve_plan("radiall"), "'radiall' is neither a preset .* nor a plan file"),
         (lambda: resolve_plan("missing.yaml"), "there is no plan file missing.yaml"),

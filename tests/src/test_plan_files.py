@@ -135,7 +135,7 @@ def test_plans_round_trip_without_loss(data):
     assert parse(plan.to_yaml()).to_dict() == plan.to_dict()
 
 
-@pytest.mark.parametrize("name", presets.names())
+@pytest.mark.parametrize("name", [*presets.names(), *presets.published()])
 def test_presets_round_trip(name, tmp_path):
     plan = presets.load(name)
     for ending in ("yaml", "json"):
