@@ -82,6 +82,7 @@ class CausalMiniReelPipeline(MiniReelPipeline):
             return WanPipelineOutput(frames=latents)
         return WanPipelineOutput(frames=self.decode(latents, output_type))
 
+    @torch.no_grad()
     def decode(self, latents: torch.Tensor, output_type: str = "np") -> Any:
         """Frames of normalised latents (B, 16, F, H, W): (B, 4F - 3, 8H, 8W, 3) floats in [0, 1] as "np"."""
         config = self.vae.config

@@ -139,7 +139,9 @@ def export(
 
 def export_transformer(folder: Path, transformer: WanTransformer3DModel, dtype: torch.dtype = torch.float16) -> None:
     """Write the transformer alone, stored in `dtype`: a folder for `WanTransformer3DModel.from_pretrained`."""
-    stored: WanTransformer3DModel = _cast(transformer, WanTransformer3DModel.from_config(transformer.config), dtype)
+    # Where the weights once lay says nothing to others.
+    config = {key: value for key, value in transformer.config.items() if key != "_name_or_path"}
+    stored: WanTransformer3DModel = _cast(transformer, WanTransformer3DModel.from_config(config), dtype)
     stored.save_pretrained(folder)
 
 
