@@ -51,8 +51,8 @@ over dense attention, with the dense steps and layers that the setting asks for;
 for the speed-up of attention alone. Claims are the papers', on their GPUs, some with other techniques on top. Made by
 `python benchmarks/presets.py`.
 
-Only Wan's tokens are put in tile order so far. In HunyuanVideo and FLUX the windows of `gna` and `sliding-tile` therefore
-touch more blocks (0.30 and 0.25) than they would with tiles side by side (0.09 to 0.15).
+Only Wan's tokens are put in tile order so far. In HunyuanVideo and FLUX the windows of `gna` and `sliding-tile`
+therefore touch more blocks (0.30 and 0.25) than they would with tiles side by side (0.09 to 0.15).
 """
 
 
