@@ -157,6 +157,22 @@ def store_features(
     console.say(f"wrote {count} feature vectors to {output}")
 
 
+@app.command("convert")
+def convert_command(
+    source: Annotated[Path, typer.Argument(help="Published weights: .pt, .pth, .ckpt or TorchScript.")],
+    target: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Run the file where reading it means that; in a process of its own.")
+    ] = False,
+    prefix: Annotated[str, typer.Option(help="Keep names that begin so, without it, such as encoder.")] = "",
+) -> None:
+    """Published weights to a safetensors file; files of plain tensors need no trust."""
+    from sparsereel_eval.convert import convert
+
+    count = convert(source, target, trust=trust, prefix=prefix)
+    console.say(f"wrote {count} tensors to {target}")
+
+
 def _distance(metric: str, a: Path, b: Path, json: str | None, *settings: Any, **more: Any) -> None:
     from sparsereel.evaluate.distances import Settings, distance
     from sparsereel_eval.lpips import MissingWeights
