@@ -53,7 +53,7 @@ def judge_over_time(
     length = round(fps * seconds)
     if length < LEAST_FRAMES:
         raise ValueError(f"a window of {seconds:g} s at {fps:g} frames a second holds {length} frames; 5 are needed")
-    judge, still = judge or Judge(), _without_directions(prompt)
+    judge, still = judge or Judge(), without_directions(prompt)
     windows: list[Window] = []
     held: list[np.ndarray] = []
     done = 0
@@ -90,6 +90,7 @@ def drift(windows: list[Window]) -> dict[str, dict[str, Any]]:
     return result
 
 
-def _without_directions(prompt: str) -> str:
+def without_directions(prompt: str) -> str:
+    """The prompt with the words on motion left out."""
     wanted = parse_prompt(prompt)
     return " and ".join(f"a {digit.colour} {digit.value}" for digit in wanted.digits) + f" on {wanted.background}"

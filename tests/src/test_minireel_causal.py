@@ -215,3 +215,29 @@ def test_the_shipped_causal_model_goes_on_from_its_cache():
         ground = frame.reshape(-1, 3)[frame.reshape(-1, 3).sum(1) < 0.8].mean(0)
         assert ground[2] > ground[0]
         assert ground[2] > ground[1]
+
+
+def test_the_scorecard_of_long_videos(tmp_path, capsys):
+    from sparsereel.minireel import causal_scorecard
+
+    out = tmp_path / "s.json"
+    asked = ["--clips", "1", "--chunks", "4", "--steps", "1", "--json", str(out), "--sheet", str(tmp_path / "s.png")]
+    causal_scorecard.main(asked)
+    written = json.loads(out.read_text())
+    assert len(written["stretches"]) == 1, "a rest of less than half a native clip belongs to the stretch before"
+    assert (tmp_path / "s.png").exists()
+    assert "stretch 0" in capsys.readouterr().out
+
+
+def test_stretches_are_native_clips():
+    import numpy as np
+
+    from sparsereel.minireel.causal_scorecard import judge_stretches
+
+    class Judge:
+        def score(self, video, prompt):
+            return len(video), prompt
+
+    found = judge_stretches(Judge(), np.zeros((105, 1, 1, 3)), "a red 3 moving left on navy")
+    assert [length for length, _ in found] == [33, 32, 40]
+    assert [prompt for _, prompt in found] == ["a red 3 moving left on navy", *["a red 3 on navy"] * 2]
