@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--side", default="", help="ratios of the native height and width, comma-separated")
     parser.add_argument("--methods", default="native,plain,window,freenoise,ultravico", help="comma-separated")
     parser.add_argument("--steps", type=int, default=minireel.NATIVE.steps)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="many CPUs are slower in bf16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no clip after so many")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/extend.json"))
@@ -54,7 +55,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     sizes = [("frames", float(r)) for r in given.frames.split(",") if r]
     sizes += [("side", float(r)) for r in given.side.split(",") if r]
-    settings = {"steps": given.steps, "dtype": "bfloat16"}
+    settings = {"steps": given.steps, "dtype": given.dtype}
     result = _earlier(given.json, settings) or {**settings, "environment": environment(), "clips": []}
     if sizes:
         _run(given, sizes, result)
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 def _run(given: argparse.Namespace, sizes: list[tuple[str, float]], result: dict[str, Any]) -> None:
-    pipe = minireel.load(torch.bfloat16)
+    pipe = minireel.load(torch.float32 if given.dtype == "fp32" else torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     judge, shown, start = Judge(), [], time.monotonic()
     # Clip by clip, so that an interrupted run has seen every method equally often.
