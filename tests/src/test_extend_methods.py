@@ -111,6 +111,46 @@ def test_names_joined_by_plus(build):
         sparsereel.extend(pipe, height=2.0, method="freeswim+multidiffusion")
 
 
+def test_two_transformers_of_one_pipeline(tiny):
+    """Wan 2.2: both are extended at every stage, and the pipeline gets its class back."""
+    from diffusers import WanPipeline
+
+    models = {"transformer": tiny.CASES["wan"].model(), "transformer_2": tiny.CASES["wan"].model()}
+    _, call = tiny.wan_pipe(FlowMatchEulerDiscreteScheduler())
+    none = dict.fromkeys(("vae", "tokenizer", "text_encoder"))
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe = tiny.quiet(WanPipeline(scheduler=scheduler, boundary_ratio=0.5, **models, **none))
+    pipe.__class__ = Short
+
+    def run(**size):
+        g = torch.Generator().manual_seed(1)
+        return pipe(**{**call, **size}, num_inference_steps=3, generator=g).frames
+
+    plain = run(**WIDE)
+    sparsereel.extend(pipe, height=256, width=192, method=Recipe(views=Views(time=False), guide=Guide(stages=2)))
+    extensions = [m._sparsereel_injection.runtime.extension for m in models.values()]
+    stages = []
+    hook = (
+        models["transformer_2"]
+        .blocks[0]
+        .register_forward_pre_hook(lambda m, args: stages.append([e.stage for e in extensions]))
+    )
+    assert not torch.equal(run(**WIDE), plain)
+    hook.remove()
+    assert [(5, 12, 10)] * 2 in stages
+    sparsereel.restore(pipe)
+    assert type(pipe) is Short
+    assert torch.equal(run(**WIDE), plain)
+
+
+def test_recipes_for_another_family(build, tiny):
+    from sparsereel.extend.hidiffusion import HiDiffusion
+
+    pipe, _ = build()
+    with pytest.raises(ValueError, match="hidiffusion is not for wan; a recipe for it may set time, space"):
+        sparsereel.extend(pipe, height=2.0, method=Recipe(unet=HiDiffusion()))
+
+
 def test_a_model_restored_alone_is_itself_though_its_pipeline_is_not(build):
     pipe, run = build()
     large = run(**WIDE)

@@ -87,7 +87,7 @@ def run_extend(
             assert injection is not None
             injection.runtime.dense_as_found = resolved is None
             injection.extend(model, extensions[name])
-            on_pipeline.install(pipe, model, extensions[name])
+        on_pipeline.install(pipe, models, extensions)
     except BaseException:
         restore(pipe)
         raise

@@ -40,20 +40,21 @@ class OnPipeline:
         self.handles.clear()
 
 
-def install(pipe: Any, model: nn.Module, extension: Extension) -> None:
-    """Change a pipeline as its model's extension asks; on any error nothing is changed.
+def install(pipe: Any, models: dict[str, nn.Module], extensions: dict[str, Extension]) -> None:
+    """Change a pipeline as the extensions of its models ask, which are of one recipe; on any error nothing is changed.
 
     Raises:
         ValueError: the recipe does not go with this pipeline.
     """
     held = OnPipeline()
+    model, extension = next(iter(models.values())), next(iter(extensions.values()))
     recipe = extension.recipe
     try:
         vae = getattr(pipe, "vae", None)
         if recipe.statistics is not None and vae is not None:
             held.handles += recipe.statistics.install_vae(vae, extension, model)
         if recipe.noise is not None or recipe.guide is not None:
-            held.call = ExtendedCall(pipe, model, extension)
+            held.call = ExtendedCall(pipe, model, list(extensions.values()))
             held.handles.append(held.call)
     except BaseException:
         held.remove()
@@ -82,7 +83,8 @@ class ExtendedCall:
         ValueError: the pipeline's scheduler does not go with the recipe.
     """
 
-    def __init__(self, pipe: Any, model: nn.Module, extension: Extension) -> None:
+    def __init__(self, pipe: Any, model: nn.Module, extensions: list[Extension]) -> None:
+        extension = extensions[0]
         noise = extension.recipe.noise
         if isinstance(noise, Antiphase) and noise.apply_to != "init" and not _adds_noise(pipe.scheduler):
             raise ValueError(
@@ -92,6 +94,7 @@ class ExtendedCall:
         self.pipe = pipe
         self.model = model
         self.extension = extension
+        self.extensions = extensions
         self.original = type(pipe)
         self.inside = False
         pipe.__class__ = _called_through(self.original)
@@ -160,14 +163,22 @@ class ExtendedCall:
                 self._nearest(old + (new - old) * share)
                 for old, new in zip(self.extension.sizes.trained[1:], size[1:], strict=True)
             ]
-            self.extension.stage = self.extension.sizes.scale.tokens((size[0], sides[0], sides[1]))
-            try:
-                with self._led(guide, found, (sides[0], sides[1]), stage):
-                    found = self._small(plain, bound, (sides[0], sides[1]))
-            finally:
-                self.extension.stage = None
+            with self._stage((size[0], sides[0], sides[1])), self._led(guide, found, (sides[0], sides[1]), stage):
+                found = self._small(plain, bound, (sides[0], sides[1]))
         with self._led(guide, found, size[1:], guide.stages):
             yield
+
+    @contextmanager
+    def _stage(self, size: Triple) -> Iterator[None]:
+        """Models are extended at this size, too."""
+        tokens = self.extension.sizes.scale.tokens(size)
+        for extension in self.extensions:
+            extension.stage = tokens
+        try:
+            yield
+        finally:
+            for extension in self.extensions:
+                extension.stage = None
 
     def _nearest(self, side: float) -> int:
         scale = self.extension.sizes.scale

@@ -206,15 +206,29 @@ def resolve(method: str | Recipe, family: str, sizes: Sizes) -> Recipe:
     if family not in METHODS:
         raise ValueError(f"extend does not know the family {family!r}; it knows: {', '.join(METHODS)}")
     if isinstance(method, Recipe):
-        if family != "wan" and (method.time != PLAIN or method.space != PLAIN):
-            raise ValueError(f"rotary frequencies can be changed for wan only, not for {family}")
-        if family != "stable_diffusion" and (method.unet or isinstance(method.mixer, AgentAttention)):
-            raise ValueError(f"hidiffusion and agent attention are for U-Nets of Stable Diffusion, not for {family}")
+        _check_parts(method, family)
         return method
     found = Recipe()
     for name in str(method).replace("-", "_").lower().split("+"):
         found = found.with_(_named(name.strip(), method, family)(family, sizes))
     return found
+
+
+#: what a recipe may set, by family
+_PARTS = {
+    "wan": ("time", "space", "decay", "window", "temper", "mixer", "views", "dual", "noise", "guide"),
+    "hunyuan_video": ("decay",),
+    "stable_diffusion": ("mixer", "unet", "statistics", "views", "guide"),
+}
+
+
+def _check_parts(recipe: Recipe, family: str) -> None:
+    """Refuse a recipe that sets what its family has not."""
+    for name, part in recipe._parts():
+        of_unets = isinstance(part, AgentAttention)
+        if name not in _PARTS[family] or (name == "mixer" and of_unets != (family == "stable_diffusion")):
+            allowed = ", ".join(_PARTS[family])
+            raise ValueError(f"{_short(part)} is not for {family}; a recipe for it may set {allowed}")
 
 
 def _named(name: str, method: str | Recipe, family: str) -> Make:

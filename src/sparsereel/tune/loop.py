@@ -139,6 +139,8 @@ def _transformer(pipe: Any) -> Any:
     if names != {"wan"} or len(models) != 1:
         raise ValueError(f"tune trains pipelines with one Wan transformer; this one holds {', '.join(sorted(names))}")
     model = next(iter(models.values()))
+    if hasattr(model, "_sparsereel_injection"):
+        raise ValueError("the pipeline is sparsified or extended; restore it, and give tune the plan and size instead")
     if getattr(model, "peft_config", None):
         raise ValueError("the transformer carries LoRA weights already; fuse or unload them first")
     return model
