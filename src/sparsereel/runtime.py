@@ -30,6 +30,7 @@ from sparsereel.patterns.base import Pattern
 from sparsereel.plan import AttentionPlan
 from sparsereel.plan_entries import Method
 from sparsereel.selectors import SelectionContext, Selector, refreshing
+from sparsereel.selectors.refresh import served_steps
 from sparsereel.sparse_layer import LAYERS, SparseLayer, in_backward, one_modifier
 from sparsereel.step import StepInfo, StepSource, seed_of
 from sparsereel.token_order import BLOCK, MASKS, Tile, best_tile, outside_video, tile_order
@@ -43,6 +44,10 @@ if TYPE_CHECKING:
     from sparsereel.guidance.perturbation import Perturbing
 
 logger = logging.getLogger("sparsereel")
+
+#: seconds of an operation of a selector over those of dense attention, on a CPU (benchmarks/selection.py: SparseD's
+#: exact probe is half of the operations of a dense call and takes twice its time)
+SELECTING = 4.0
 
 #: reasons that are the plan's own wish: no warning
 _DENSE_STEP = "dense step of the schedule"
@@ -262,7 +267,8 @@ class ModelRuntime(OrderSource):
         if step is not None:
             asked = self._request(layer, layout, step, step.index, q, k, key_lengths, scale)
             choice = self._choose(asked)
-            reason = "the plan says full" if choice is None else self._too_dear(choice, q)
+            overhead = self._overhead(asked)
+            reason = "the plan says full" if choice is None else self._too_dear(choice, q, overhead)
             if choice is not None and not reason:
                 choice, reason = self._with_residual(asked, choice)
         elif reason == _DENSE_STEP:
@@ -334,7 +340,7 @@ class ModelRuntime(OrderSource):
             return
         asked = self._request(layer, layout, step, step.index + 1, q, k, key_lengths, scale)
         choice = self._choose(asked)
-        if choice is not None and not self._too_dear(choice, q):
+        if choice is not None and not self._too_dear(choice, q, self._overhead(asked)):
             self._to_measure[layer] = (asked.key, step.index, choice)
 
     def measure(self, layer: SparseLayer, q: Any, k: Any, v: Any, dense: torch.Tensor, options: dict[str, Any]) -> None:
@@ -421,20 +427,33 @@ class ModelRuntime(OrderSource):
         selection = refreshing(selector, q, k, context)
         return Launch(heads, selection.mask, selection)
 
-    def _too_dear(self, choice: Choice, q: torch.Tensor) -> str:
+    def _overhead(self, asked: _Request) -> float:
+        """What choosing blocks costs a call, as a share of a dense call, spread over the calls that it serves."""
+        chosen = Counter(method for method in asked.methods if isinstance(method, Selector))
+        if not chosen or self.plan.schedule.max_density >= 1:
+            return 0.0
+        grid, head_dim = decode(asked.layout), asked.q.shape[-1]
+        dense = 4.0 * grid.seq_len**2 * head_dim * len(asked.methods)
+        spent = (
+            m.cost(grid, BLOCK, heads, head_dim) / served_steps(m, asked.step.total) for m, heads in chosen.items()
+        )
+        return SELECTING * sum(spent) / dense
+
+    def _too_dear(self, choice: Choice, q: torch.Tensor, overhead: float) -> str:
         """Why a choice is not worth running; empty where it is."""
         limit = self.plan.schedule.max_density
-        if choice.density <= limit:
+        if choice.density + overhead <= limit:
             return ""
         kernel = self.kernel(q, BLOCK)
         kind: dict[str, Any] = {"device_type": q.device.type, "dtype": q.dtype, "head_dim": q.shape[-1]}
         heads = [q.shape[1] if launch.heads is None else len(launch.heads) for launch in choice.launches]
         shares = [expected_share(launch.mask, kernel, **kind) for launch in choice.launches]
         share = sum(n * s for n, s in zip(heads, shares, strict=True)) / sum(heads)
-        if share <= limit:
+        if share + overhead <= limit:
             return ""
-        text = f"density {choice.density:.2f} (of tokens {choice.token_density:.2f}) costs {share:.2f} of a dense call"
-        return f"{text}, above the plan's max_density {limit:g}"
+        choosing = f" and choosing blocks {overhead:.2f}" if overhead else ""
+        text = f"density {choice.density:.2f} (of tokens {choice.token_density:.2f}) costs {share:.2f}{choosing}"
+        return f"{text} of a dense call, above the plan's max_density {limit:g}"
 
     def kernel(self, q: torch.Tensor, block: tuple[int, int] | None) -> str:
         """Name of the backend that will run a call with this q (B, H, S, D)."""

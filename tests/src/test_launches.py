@@ -142,3 +142,26 @@ def test_a_model_compiled_for_one_size_takes_another(wan, tiny):
             other = tiny.wan_inputs(frames=frames)
             torch.testing.assert_close(tiny.run(compiled, other), tiny.run(model, other), atol=1e-5, rtol=1e-5)
     torch.compiler.reset()
+
+
+def test_choosing_blocks_counts_where_a_plan_bounds_the_cost(wan, tiny):
+    """An exact probe at every step costs more than dense attention; once in a long run it does not."""
+    from sparsereel.selectors.refresh import served_steps
+
+    model, inputs = wan
+    probe = selectors.Sparsed(density=0.2, refresh=1)
+    with sparsereel.sparsified(model, AttentionPlan.uniform(probe, max_density=0.9)):
+        tiny.run(model, inputs)
+        row = sparsereel.report(model).layers[0]
+        assert row.dense_calls == 1
+        assert "and choosing blocks" in row.reason
+    with sparsereel.sparsified(model, AttentionPlan.uniform(selectors.BlockTopk(density=0.2), max_density=0.9)):
+        tiny.run(model, inputs)
+        assert sparsereel.report(model).layers[0].dense_calls == 0
+    with sparsereel.sparsified(model, AttentionPlan.uniform(probe)):
+        tiny.run(model, inputs)
+        assert sparsereel.report(model).layers[0].dense_calls == 0, "1 means: whatever it costs"
+    assert served_steps(selectors.Sparsed(), 50) == 50
+    assert served_steps(probe, 50) == 1
+    assert served_steps(selectors.BlockTopk(refresh=4), 50) == 4
+    assert served_steps(selectors.BlockTopk(refresh=(0.2, 0.6)), 30) == 10

@@ -39,6 +39,17 @@ def refreshing(selector: Selector, q: Tensor, k: Tensor, context: SelectionConte
     return memory.selection
 
 
+def served_steps(selector: Selector, steps: int) -> float:
+    """How many steps of a run of `steps` one selection serves, on average."""
+    policy = selector.refresh
+    if policy == "once":
+        return float(max(1, steps))
+    if isinstance(policy, tuple):
+        # One at the first call, then one at each moment.
+        return max(1.0, steps / (1 + len(policy)))
+    return float(min(int(policy), max(1, steps)))
+
+
 def _due(selector: Selector, memory: Memory, context: SelectionContext) -> bool:
     policy = selector.refresh
     if policy == "once":
