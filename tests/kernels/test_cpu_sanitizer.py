@@ -22,11 +22,13 @@ HERE = Path(__file__).parent
 CHECKED = "address,bounds,null,object-size,pointer-overflow,shift,signed-integer-overflow,vla-bound"
 # The tests run in a process whose first library is the sanitizer's; the kernels are built for it, into another cache.
 SCRIPT = f"""
+import os
 import sys
 import pytest
 from sparsereel_kernels.cpu import builder
-builder.COMMON_FLAGS += ("-fsanitize={CHECKED}", "-fno-sanitize-recover=all", "-g1")
-sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *sys.argv[1:]]))
+del os.environ["LD_PRELOAD"]  # not for the compiler
+builder.COMMON_FLAGS += ("-O1", "-fsanitize={CHECKED}", "-fno-sanitize-recover=all", "-g1")
+sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-o", "timeout=0", *sys.argv[1:]]))
 """
 
 
