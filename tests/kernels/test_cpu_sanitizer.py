@@ -33,12 +33,12 @@ sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-o", "timeout=0", *
 
 
 def runtime() -> str | None:
-    """The libraries to load first: the sanitizer's, and that of C++, whose exceptions it has to find."""
+    """The libraries to load first: the sanitizers', and that of C++, whose exceptions they have to find."""
     compiler = shutil.which("g++")
     if compiler is None:
         return None
     paths = []
-    for name in ("libasan.so", "libstdc++.so"):
+    for name in ("libasan.so", "libubsan.so", "libstdc++.so"):
         found = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
         paths.append(Path(found.stdout.strip()))
     return " ".join(str(path.resolve()) for path in paths) if all(path.is_absolute() for path in paths) else None
