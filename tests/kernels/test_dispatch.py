@@ -112,7 +112,7 @@ def test_a_backend_that_is_not_part_of_this_version(monkeypatch):
 
 def test_unknown_names_list_the_known_ones():
     q, k, v = make_qkv(20, head_dim=16)
-    with pytest.raises(ValueError, match="one of auto, triton, cpu, flex, torch, reference, got 'tritn'"):
+    with pytest.raises(ValueError, match="one of auto, triton, cpu, flex, torch, triton_int8, reference, got 'tritn'"):
         sparse_attention(q, k, v, backend="tritn")
 
 
