@@ -74,7 +74,7 @@ class Clip:
 
 
 def load_pipeline(model: str | None, dtype: str, device: str) -> Any:
-    """A diffusers pipeline: the model in the box (None or "minireel"), a folder, or a hub id.
+    """A diffusers pipeline: a model in the box (None or "minireel", "minireel-causal"), a folder, or a hub id.
 
     Raises:
         ValueError: no such folder, no pipeline or no safetensors in it, unknown dtype, no such device.
@@ -86,6 +86,10 @@ def load_pipeline(model: str | None, dtype: str, device: str) -> Any:
         from sparsereel import minireel
 
         return minireel.load(DTYPES[dtype], device)
+    if model == "minireel-causal":
+        from sparsereel import minireel
+
+        return minireel.load_causal(DTYPES[dtype], device)
     from diffusers import DiffusionPipeline
 
     folder = Path(model)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
+
+from sparsereel.families.call_defaults import call_default
 
 Triple = tuple[int, int, int]
 AXES = ("frames", "height", "width")
@@ -140,13 +141,12 @@ def _trained(pipe: Any, model: Any) -> Triple:
         return 1, int(height * pipe.vae_scale_factor), int(width * pipe.vae_scale_factor)
     if getattr(model.config, "out_channels", None) == _WAN_5B_CHANNELS:
         return _WAN_5B
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    sizes = [getattr(parameters.get(name), "default", None) for name in ("num_frames", "height", "width")]
+    sizes = [call_default(pipe, name) for name in ("num_frames", "height", "width")]
     if not all(isinstance(size, int) for size in sizes):
         raise ValueError(
             f"the size that {type(pipe).__name__} was trained for is not known: its call has no default size"
         )
-    return tuple(sizes)  # type: ignore[return-value]
+    return tuple(sizes)
 
 
 def _frames(wanted: Any, trained: int, scale: Scale) -> int:

@@ -37,6 +37,7 @@ def stream(
     storage: Literal["full", "int8", "fp8"] = "full",
     refresh_sink: bool = False,
     head_roles: HeadRoles | None = None,
+    prompt_tokens: int | None = None,
     resume: str | Path | None = None,
     chunk: int | None = None,
     window: int | None = None,
@@ -66,6 +67,7 @@ def stream(
         storage: of cached keys and values.
         refresh_sink: a prompt switch also renews the sink; otherwise the old scene stays an anchor.
         head_roles: heads that need only sink and recent frames; see `sparsereel.stream.roles`.
+        prompt_tokens: length that prompts are padded to; None = as the pipeline's call does.
         resume: a checkpoint that `Stream.save` wrote; the other arguments must be as they were.
         chunk, window, sink, overlap, lag, budget, recent: sizes in latent frames instead of the method's.
         max_reuse: Deep Forcing's cap on how often a token survives; 0 = none, as in the paper.
@@ -99,6 +101,7 @@ def stream(
         storage=storage,
         refresh_sink=refresh_sink,
         head_roles=head_roles,
+        prompt_tokens=prompt_tokens,
         resume=resume,
         sizes={**sizes, "recent": recent, "max_reuse": max_reuse, "lookahead": lookahead},
     )

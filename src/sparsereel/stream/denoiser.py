@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsereel.families import unwrap
+from sparsereel.families.call_defaults import call_default
 from sparsereel.stream.attending import cached_attention
 from sparsereel.stream.cache import KVCache
 
@@ -20,9 +20,13 @@ class Denoiser:
 
     Args:
         guidance: classifier-free guidance scale; at most 1 = none, which halves the work.
+        prompt_tokens: length that prompts are padded to; None = as the pipeline's call does.
     """
 
-    def __init__(self, pipe: Any, guidance: float, negative_prompt: str | None) -> None:
+    def __init__(
+        self, pipe: Any, guidance: float, negative_prompt: str | None, prompt_tokens: int | None = None
+    ) -> None:
+        self.prompt_tokens = prompt_tokens
         self.pipe = pipe
         self.model = unwrap(pipe.transformer)
         self.guidance = guidance
@@ -41,7 +45,7 @@ class Denoiser:
     def set_prompt(self, prompt: str) -> None:
         """Encode the prompt that all passes from now on follow."""
         # A pipeline's call and its encode_prompt may pad to different lengths; the call's is what the model knows.
-        length = inspect.signature(type(self.pipe).__call__).parameters["max_sequence_length"].default
+        length = self.prompt_tokens or call_default(self.pipe, "max_sequence_length", 512)
         with torch.no_grad():
             found = self.pipe.encode_prompt(
                 prompt,

@@ -51,6 +51,8 @@ class Method:
         budget, recent: of participation; None = first in, first out.
         positions: policy by name.
         lag: passes between chunks; None = all steps of a chunk.
+        rolls: as many chunks as the window holds, besides sink and one finished chunk, are denoised jointly; the lag
+            follows (1 for the published five steps in a window of 21).
         chunk: frames a chunk where the model does not say.
         overlap: share of the window that a next window repeats.
         prefix: the repeated frames are shown "clean" at timestep 0, or "noised" to the level of the rest.
@@ -70,6 +72,7 @@ class Method:
     recent: int | None = None
     positions: str = "absolute"
     lag: int | None = None
+    rolls: bool = False
     chunk: int = 3
     overlap: float = 0.5
     prefix: Literal["clean", "noised"] = "clean"
@@ -101,7 +104,7 @@ METHODS: dict[str, Method] = {
             "Rolling Forcing (arXiv 2509.25161)",
             sink=3,
             positions="sink-before-window",
-            lag=1,
+            rolls=True,
             **_CACHED,
         ),
         Method(
@@ -191,9 +194,11 @@ def settle(
     lag = named.get("lag", method.lag)
     if not method.cached and method.schedule == "staircase" and lag is None:
         lag = -(-steps // max(1, window // chunk))
-    unfinished = -(-steps // lag) if method.cached and lag else 1
     ratio = window / method.published
     sink = named.get("sink", _whole_chunks(method.sink * ratio, chunk) if method.budget is None else None)
+    if method.rolls and lag is None:
+        lag = -(-steps // _rolling_chunks(window - (sink or 0), chunk))
+    unfinished = -(-steps // lag) if method.cached and lag else 1
     plan = Plan(
         method,
         chunk,
@@ -211,6 +216,12 @@ def settle(
     recent = named.get("recent", max(chunk + 1, round(method.recent * ratio)))
     budget = named.get("budget", max(plan.sink + recent + 1, round(method.budget * ratio)))
     return replace(plan, budget=min(budget, window), recent=recent)
+
+
+def _rolling_chunks(room: int, chunk: int) -> int:
+    """Chunks that are denoised jointly in so many frames: one finished chunk is kept before them if two remain."""
+    chunks = room // chunk
+    return max(1, chunks - 1 if chunks > 2 else chunks)
 
 
 def _whole_chunks(frames: float, chunk: int) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sparsereel.families import find, unwrap
+from sparsereel.families.call_defaults import call_default
 from sparsereel.stream import levels as levels_of
 from sparsereel.stream.decode import decoder_for
 from sparsereel.stream.denoiser import Denoiser
@@ -44,11 +44,12 @@ def start(
     storage: Kind,
     refresh_sink: bool,
     head_roles: HeadRoles | None,
+    prompt_tokens: int | None,
     resume: str | Path | None,
     sizes: dict[str, Any],
 ) -> Stream:
     """See `sparsereel.stream`."""
-    causal = causal or getattr(pipe, "causal", None)
+    causal = causal or _known_causal(pipe)
     chosen = find_method(method, causal)
     model = _model(pipe, chosen)
     if output not in OUTPUTS:
@@ -61,12 +62,12 @@ def start(
     size = _size(pipe, model, height, width)
     ratio = int(pipe.vae_scale_factor_temporal)
     latents = None if total is None else latent_frames(total, ratio)
-    trained = latent_frames(_default(pipe, "num_frames", 81), ratio)
+    trained = latent_frames(call_default(pipe, "num_frames", 81), ratio)
     overrides = {name: value for name, value in sizes.items() if value is not None}
     levels = _levels(pipe, chosen, causal, steps, overrides.get("window", trained))
     plan = settle(chosen, trained, causal, levels.steps, latents, **overrides)
     scale = _guidance(pipe, causal, guidance)
-    denoiser = Denoiser(pipe, scale, negative_prompt)
+    denoiser = Denoiser(pipe, scale, negative_prompt, prompt_tokens)
     prompts = Prompts(prompt, None if total is None else total / fps)
     noise = NoiseSource(seed, (model.config.in_channels, *size), chosen.correlation, plan.chunk)
     engine = Engine(
@@ -92,6 +93,7 @@ def start(
         "sampler": levels.sampler,
         "guidance": scale,
         "negative_prompt": negative_prompt,
+        "prompt_tokens": prompt_tokens,
         "seed": seed,
         "output": output,
         "storage": storage,
@@ -102,6 +104,14 @@ def start(
     if resume is not None:
         stream.load(Path(resume))
     return stream
+
+
+def _known_causal(pipe: Any) -> CausalModel | None:
+    """What a pipeline says about itself: a `causal` attribute, or the causal minireel's own two."""
+    if hasattr(pipe, "chunk_frames") and hasattr(pipe, "window_frames"):
+        return CausalModel(int(pipe.chunk_frames), int(pipe.window_frames))
+    found = getattr(pipe, "causal", None)
+    return found if isinstance(found, CausalModel) else None
 
 
 def _model(pipe: Any, method: Method) -> Any:
@@ -157,20 +167,12 @@ def _size(pipe: Any, model: Any, height: int | None, width: int | None) -> tuple
         raise ValueError(f"streaming needs a model with one latent frame a token, this one has {patch[0]}")
     found = []
     for name, given, across in (("height", height, patch[1]), ("width", width, patch[2])):
-        pixels = _default(pipe, name, None) if given is None else given
+        pixels = call_default(pipe, name, None) if given is None else given
         unit = int(pipe.vae_scale_factor_spatial) * across
         if pixels is None or isinstance(pixels, bool) or pixels < unit or pixels % unit:
             raise ValueError(f"{name} must be a positive multiple of {unit} pixels, got {pixels}")
         found.append(pixels // int(pipe.vae_scale_factor_spatial))
     return found[0], found[1]
-
-
-def _default(pipe: Any, name: str, otherwise: Any) -> Any:
-    """A default of the pipeline's own call."""
-    parameter = inspect.signature(type(pipe).__call__).parameters.get(name)
-    if parameter is None or parameter.default in (None, inspect.Parameter.empty):
-        return otherwise
-    return parameter.default
 
 
 def _guidance(pipe: Any, causal: CausalModel | None, given: float | None) -> float:
@@ -180,7 +182,7 @@ def _guidance(pipe: Any, causal: CausalModel | None, given: float | None) -> flo
         return given
     if causal is not None and causal.guidance is not None:
         return causal.guidance
-    return float(_default(pipe, "guidance_scale", 5.0))
+    return float(call_default(pipe, "guidance_scale", 5.0))
 
 
 def _levels(pipe: Any, method: Method, causal: CausalModel | None, steps: int | None, window: int) -> levels_of.Levels:
@@ -193,7 +195,7 @@ def _levels(pipe: Any, method: Method, causal: CausalModel | None, steps: int | 
                 f"this model was distilled to {len(causal.timesteps)} steps at {causal.timesteps}; leave steps out"
             )
         return levels_of.distilled_levels(causal.timesteps, causal.shift)
-    count = steps or (causal.steps if causal is not None else None) or _default(pipe, "num_inference_steps", 50)
+    count = steps or (causal.steps if causal is not None else None) or call_default(pipe, "num_inference_steps", 50)
     if method.schedule == "diagonal" and steps is None:
         count = window * max(1, round(count / window))
     return levels_of.scheduler_levels(pipe.scheduler, int(count))
