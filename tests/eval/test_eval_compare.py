@@ -82,3 +82,16 @@ def test_wrong_use(sets, capsys, monkeypatch, arguments, text):
     monkeypatch.chdir(sets)
     assert run(["eval", "compare", *arguments]) == 2
     assert text in said(capsys)
+
+
+def test_a_clip_with_itself(sets, capsys):
+    clip = str(sets / "dense" / "clip 0.npy")
+    assert run(["eval", "compare", clip, clip, "--json", str(sets / "r.json")]) == 0
+    text = said(capsys)
+    assert "psnr 1 inf" in text
+    assert "every frame is identical: PSNR is infinite" in text
+    result = json.loads((sets / "r.json").read_text())
+    assert result["identical"] is True
+    assert result["table"]["ssim"]["mean"] == 1
+    assert run(["eval", "compare", clip, str(sets / "near" / "clip 0.npy")]) == 0
+    assert "inf" not in said(capsys)

@@ -60,8 +60,12 @@ def _print_compared(result: Any) -> None:
         worst = row["min"] if row["higher_is_better"] else row["max"]
         p = row.get("p")
         cells = [f"{row['mean']:.4g}", _interval(row["interval"]), f"{worst:.4g}", "-" if p is None else f"{p:.3g}"]
+        if result.identical and name in ("psnr", "temporal_psnr"):
+            cells[0], cells[2] = "inf", "inf"
         table.add_row(name, str(row["n"]), *cells)
     console.people.print(table)
+    if result.identical:
+        console.say("every frame is identical: PSNR is infinite, and 100 dB stand for it in the JSON")
     for name, row in result.versus_table.items():
         interval = _interval(row["interval"])
         p = "no difference" if row["p"] is None else f"p {row['p']:.3g}"

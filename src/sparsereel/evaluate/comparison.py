@@ -42,9 +42,15 @@ class Comparison:
     def lossy(self) -> bool:
         return any(pair.lossy for pair in self.pairs)
 
+    @property
+    def identical(self) -> bool:
+        """Every frame of every pair is equal to the last bit."""
+        return bool(self.pairs) and all(pair.identical == pair.frames for pair in self.pairs)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "table": self.table,
+            "identical": self.identical,
             "versus": self.versus_table,
             "missing": self.missing,
             "skipped": self.skipped,
