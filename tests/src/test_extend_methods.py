@@ -528,3 +528,18 @@ def test_registers_with_a_plan(build, forward):
     assert forward(pipe, 5, 32, 32).isfinite().all()
     with pytest.raises(ValueError, match="window combines with patterns, not with the selectors"):
         sparsereel.extend(pipe, height=256, method="window", plan=AttentionPlan.uniform(make("xattention")))
+
+
+@pytest.mark.parametrize("method", ["sliding", "dual path"])
+def test_a_compiled_model_gives_what_it_gives_without(build, forward, tiny, method):
+    pipe, _ = build()
+    frames, height = (10, 16) if method == "sliding" else (5, 32)
+    size = {"frames": 37} if method == "sliding" else {"height": 256}
+    dual = Recipe(window=InwardWindow(time=False), dual=DualPath(every=1))
+    sparsereel.extend(pipe, **size, method=dual if method == "dual path" else method)
+    expected = forward(pipe, frames, height, 16)
+    compiled = torch.compile(pipe.transformer, backend="eager")
+    with torch.no_grad():
+        out = compiled(**tiny.wan_inputs(frames, height, 16)).sample
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()

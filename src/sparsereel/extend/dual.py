@@ -105,14 +105,14 @@ class TwoPasses:
             return self.replaying.pop(0).to(output.device)
         return None
 
+    # Several passes, which the step decides on: nothing that a graph could hold.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Whole and windowed where the call is an extended one."""
         layout = self.runtime.layout
         tokens = None if layout is None else (layout[1], layout[2], layout[3])
         if self._inside or tokens is None or not self.extension.concerns(tokens):
             return self.plain(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            raise ValueError("the dual path runs without torch.compile")
         step = self.runtime.step()
         number = self._number(step)
         if step is None or step.index >= step.total * self.dual.until or (number and self.dual.every > 1):

@@ -166,6 +166,8 @@ class ViewedForward:
             return self.found(*args, **kwargs)
         return type(self.model).forward(self.model, *args, **kwargs)
 
+    # Several passes, which the step decides on: nothing that a graph could hold.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Window by window where the call is an extended one, else the model's own."""
         family = self.runtime.family
@@ -173,8 +175,6 @@ class ViewedForward:
         tokens = None if layout is None else (layout[1], layout[2], layout[3])
         if self.inside or tokens is None or layout is None or not self.extension.concerns(tokens):
             return self.plain(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            raise ValueError("a model that is seen through windows runs without torch.compile")
         arguments = {**dict(zip(family.parameters, args, strict=False)), **kwargs}
         if len(args) > len(family.parameters):
             raise ValueError("a model that is seen through windows takes its arguments by name")
