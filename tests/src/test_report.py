@@ -290,7 +290,9 @@ def test_unknown_plans_and_backends(wan, tmp_path):
     model, _ = wan
     with pytest.raises(ValueError, match=r"'radical' is neither a preset \(.*radial.*\) nor a plan file"):
         sparsereel.sparsify(model, "radical")
-    with pytest.raises(ValueError, match=r"unknown backend 'cuda'; allowed: auto, triton, cpu, flex, torch, triton_int8, reference"):
+    with pytest.raises(
+        ValueError, match=r"unknown backend 'cuda'; allowed: auto, triton, cpu, flex, torch, triton_int8, reference"
+    ):
         sparsereel.sparsify(model, NEAR, backend="cuda")
     with pytest.raises(ValueError, match="got int"):
         sparsereel.sparsify(model, 3)

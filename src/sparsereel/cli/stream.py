@@ -14,6 +14,9 @@ from sparsereel.cli import console
 if TYPE_CHECKING:
     from sparsereel.stream.recording import Recorder
 
+#: made for streaming, unlike minireel itself
+DEFAULT_MODEL = "minireel-causal"
+
 _TERMINAL_REFRESH, _LOG_REFRESH = 0.5, 10.0  # seconds between lines of progress
 
 
@@ -46,9 +49,7 @@ def stream(
     width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
     fps: Annotated[float, typer.Option(help="Frames a second of the video.")] = 16,
     checkpoint_every: Annotated[float, typer.Option(help="Seconds of work between checkpoints.")] = 30,
-    model: Annotated[
-        str | None, typer.Option(help="Folder, hub id or causal safetensors file; default minireel-causal.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of a pipeline; default minireel-causal.")] = None,
     causal: Annotated[
         str | None, typer.Option(help="CHUNK:WINDOW in latent frames: treat --model as a causal checkpoint.")
     ] = None,
@@ -105,7 +106,7 @@ def stream(
     result = recorder.run(_progress())
     result |= {
         "output": None if video is None else str(video),
-        "model": model or "default",
+        "model": model or DEFAULT_MODEL,
         "environment": environment(),
     }
     if video is not None:
@@ -158,7 +159,7 @@ def _load(model: str | None, causal: str | None, dtype: str, device: str) -> tup
         if not (colon and chunk.isdigit() and window.isdigit()):
             raise ValueError(f"--causal is written CHUNK:WINDOW in latent frames, such as 3:21, got {causal!r}")
         traits = CausalModel(int(chunk), int(window))
-    return load_pipeline(model, dtype, device), traits
+    return load_pipeline(model or DEFAULT_MODEL, dtype, device), traits
 
 
 def _progress() -> Callable[[Recorder], None]:
