@@ -3,8 +3,8 @@
     python benchmarks/stream.py                                # memory, time and ratio: minutes on an idle machine
     python benchmarks/stream.py --parts quality --prompts 2    # to ten times the trained length; long
 
-* memory: a stream of 100 and one of `--frames` latent frames, each in a process of its own: peak resident memory and the
-  seconds of every chunk, with a straight line fitted through them; 16 x 16 pixels, so that it is over soon.
+* memory: a stream of 100 and one of `--frames` latent frames, each in a process of its own: peak resident memory and
+  the seconds of every chunk, with a straight line fitted through them; 16 x 16 pixels, so that it is over soon.
 * ratio: the same chunks at the native size with a cache, and with the window recomputed in every pass.
 * quality: minireel-causal, judged second by second by `sparsereel_eval.judge`.
 
