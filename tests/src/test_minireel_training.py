@@ -16,6 +16,7 @@ from sparsereel.minireel.training.architecture import build_text_encoder, build_
 from sparsereel.minireel.training.attention import use_kernels
 from sparsereel.minireel.training.clip_sets import ClipSet, EncodedSet, encode_set, tokenise
 from sparsereel.minireel.training.flow_matching import flow_loss, predict_tokens, sample_noise_levels
+from sparsereel.minireel.training.layouts import START
 from sparsereel.minireel.training.optim import MovingAverage, Muon, orthogonalise, warm_up_and_decay
 from sparsereel.minireel.training.recipe import Portion, Stage
 from sparsereel.minireel.training.transformer_stage import TransformerTrainer, draw_frames
@@ -226,9 +227,13 @@ def test_checkpoints_are_replaced_whole(tmp_path):
 
 
 def test_stages_end_in_a_pipeline_folder(tmp_path, monkeypatch):
-    """The command from a folder of weights: data, transformer and large, with tiny sets; the result loads and runs."""
+    """The command from a folder of weights: every stage with tiny sets; the result loads and runs."""
     for name in ("TRANSFORMER", "LARGE"):
         stage = Stage(name.lower(), 1, (Portion(CLIPS, batch=2, share=1.0, keep_frames=1),), 1e-3, 1e-3, 0.5, CLIPS)
+        monkeypatch.setattr(stages.recipe, name, stage)
+    nine = replace(CLIPS, name="nine", count=2, frames=33)
+    for name in ("CAUSAL_SMALL", "CAUSAL"):
+        stage = Stage(name.lower(), 1, (Portion(nine, batch=1, share=1.0, layout=START),), 1e-3, 1e-3, 0.5, nine)
         monkeypatch.setattr(stages.recipe, name, stage)
     asked = ["--output", str(tmp_path), "--steps", "2", "--no-compile", "--start-from", str(minireel.WEIGHTS)]
     assert train.main(asked) == 0
