@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sparsereel.checkpointing import Checkpoints
-from sparsereel.extend import on_pipeline
 from sparsereel.families import Family, diffusers_seam, find, models_of
 from sparsereel.patterns.base import Pattern
 from sparsereel.plan import AttentionPlan
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from sparsereel.extend.extension import Extension
 
 _ATTRIBUTE = "_sparsereel_injection"
+_ON_PIPELINE = "_sparsereel_extension"
 
 PlanLike = str | Path | AttentionPlan | Pattern | Selector
 
@@ -174,7 +174,10 @@ def restore(pipe_or_model: Any) -> None:
     """
     for model in models_of(pipe_or_model).values():
         _remove(model)
-    on_pipeline.remove(pipe_or_model)
+    # What `extend` changed around the model; on_pipeline.py imports more than `import sparsereel` should.
+    held = vars(pipe_or_model).pop(_ON_PIPELINE, None)
+    if held is not None:
+        held.remove()
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from sparsereel.extend.sizes import Triple
 if TYPE_CHECKING:
     from sparsereel.extend.extension import Extension
 
+#: also read by `restore`
 _ATTRIBUTE = "_sparsereel_extension"
 
 
@@ -61,13 +62,6 @@ def install(pipe: Any, models: dict[str, nn.Module], extensions: dict[str, Exten
         raise
     if held.handles:
         setattr(pipe, _ATTRIBUTE, held)
-
-
-def remove(pipe_or_model: Any) -> None:
-    """Undo `install`; harmless where there is nothing."""
-    held = vars(pipe_or_model).pop(_ATTRIBUTE, None) if hasattr(pipe_or_model, "__dict__") else None
-    if held is not None:
-        held.remove()
 
 
 def at_work(model: nn.Module, extension: Extension) -> bool:
