@@ -186,8 +186,8 @@ def measured(title: str, results: dict[str, Any]) -> list[str]:
         figures = f"{dense['seconds']:.1f} s a clip, judge {dense['judge']:.3f}, load {dense['load_average']:.1f}"
         lines.append(f"{label} steps: {figures}.")
     lines += [
-        "With a load above 1 other work shared the two cores: seconds are then high, ratios rough, PSNR exact. Blocks of",
-        "128 x 64 on 1,296 tokens are coarse: where a method cannot come near the density wanted, `density` says so.\n",
+        "With a load above 1 other work shared the two cores: seconds are then high, ratios rough, PSNR exact.",
+        "Blocks of 128 x 64 on 1,296 tokens are coarse: where a method cannot come near the density wanted, `density` says so.\n",
         "| method | setting | wanted | density | PSNR dB | SSIM | judge | s | dense / this | load |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
