@@ -187,7 +187,7 @@ def measured(title: str, results: dict[str, Any]) -> list[str]:
         lines.append(f"{label} steps: {figures}.")
     lines += [
         "With a load above 1 other work shared the two cores: seconds are then high, ratios rough, PSNR exact.",
-        "Blocks of 128 x 64 on 1,296 tokens are coarse: where a method cannot come near the density wanted, `density` says so.\n",
+        "Blocks of 128 x 64 on 1,296 tokens are coarse: where a method cannot match the density, `density` says so.\n",
         "| method | setting | wanted | density | PSNR dB | SSIM | judge | s | dense / this | load |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
