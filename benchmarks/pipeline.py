@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import sparsereel
+from sparsereel.arithmetic import arithmetic
 from sparsereel.files import write_json
 from sparsereel.generation import AttentionClock, Request, environment, generate, load_pipeline
 from sparsereel.presets import resolve_plan
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plan", default="radial", help="preset name or plan file")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps (minireel)")
     parser.add_argument("--layers", type=int, default=1, help="transformer layers (published architectures)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default=str(arithmetic()).removeprefix("torch."))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeat", type=int, default=1, help="alternating runs; the median counts")

@@ -10,8 +10,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from sparsereel.arithmetic import arithmetic
 from sparsereel.files import write_json
-from sparsereel.generation import Clip, Request, environment, generate, load_pipeline, request_data
+from sparsereel.generation import DTYPES, Clip, Request, environment, generate, load_pipeline, request_data
 from sparsereel.media import write_contact_sheet, write_mp4
 from sparsereel.presets import resolve_plan
 
@@ -23,6 +24,8 @@ SEED = 4
 def main() -> None:
     """Parse the command line, generate, print one table, write the files."""
     options = _parser().parse_args()
+    if options.dtype == "auto":
+        options.dtype = next(name for name, dtype in DTYPES.items() if dtype == arithmetic())
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     from rich.console import Console
 
@@ -45,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plan", default=PLAN, help="preset name or plan file")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--steps", type=int, default=LARGE.steps)
-    parser.add_argument("--dtype", default="bf16", choices=["fp32", "bf16"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: what is fast here")
     parser.add_argument("-o", "--output", type=Path, default=Path("out/demo"))
     return parser
 
@@ -92,6 +95,7 @@ def _write(options: argparse.Namespace, request: Request, dense: Clip, sparse: C
     result = {
         "request": request_data(request),
         "plan": options.plan,
+        "dtype": options.dtype,
         "backend": kernels,
         "runs": runs,
         "speedup": dense.seconds / sparse.seconds,

@@ -106,7 +106,7 @@ def pipeline(
     height: Annotated[int | None, typer.Option(min=1, help="Height in pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Width in pixels.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     backend: Annotated[str, typer.Option(help="Kernel backend; see `sparsereel doctor`.")] = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each kind after one to warm up.")] = 1,

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
+from sparsereel.arithmetic import arithmetic
 from sparsereel.minireel.sizes import count_tokens
 from sparsereel.minireel.training import checkpoint
 from sparsereel.minireel.training.architecture import build_tokenizer
-from sparsereel.minireel.training.arithmetic import arithmetic
 from sparsereel_eval.digits import Clip, render, sample_clip
 
 PROMPT_TOKENS = 16

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from sparsereel.minireel.training.arithmetic import arithmetic
+from sparsereel.arithmetic import arithmetic
 
 # Coefficients of the quintic Newton-Schulz iteration that brings all singular values near 1 in five rounds.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

@@ -16,7 +16,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from transformers import UMT5EncoderModel
 
-from sparsereel.minireel.training.arithmetic import arithmetic
+from sparsereel.arithmetic import arithmetic
 from sparsereel.minireel.training.attention import use_kernels
 from sparsereel.minireel.training.checkpoint import copy_numbered, numbered, under_prefix, with_prefix
 from sparsereel.minireel.training.clip_sets import PROMPT_TOKENS, EncodedSet, tokenise

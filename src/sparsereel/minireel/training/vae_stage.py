@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
-from sparsereel.minireel.training.arithmetic import arithmetic
+from sparsereel.arithmetic import arithmetic
 from sparsereel.minireel.training.checkpoint import copy_numbered, numbered, under_prefix, with_prefix
 from sparsereel.minireel.training.clip_sets import encode_mean, to_model_range
 from sparsereel.minireel.training.optim import (

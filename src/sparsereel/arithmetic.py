@@ -1,4 +1,4 @@
-"""Which dtype training computes in: bf16 only where the CPU multiplies it in hardware, as elsewhere it is emulated."""
+"""Which dtype is the fast one on a CPU: bf16 only where it multiplies that in hardware, as elsewhere it is emulated."""
 
 from __future__ import annotations
 
