@@ -289,6 +289,21 @@ class BlockMask:
         }
         return BlockMask(self.seq_lengths, self.BLOCK_SIZE, lists.trim(tensors))
 
+    def cut(self, queries: tuple[int, int] | None = None, keys: tuple[int, int] | None = None) -> BlockMask:
+        """The part of the mask for some of the queries and some of the keys, for shards; made once.
+
+        Args:
+            queries, keys: (start, stop) in tokens, anywhere; None = all. The new mask counts from the starts.
+
+        Raises:
+            ValueError: a range that does not lie inside the mask.
+        """
+        from .cut import cut_mask
+
+        rows = (0, self.seq_lengths[0]) if queries is None else queries
+        columns = (0, self.seq_lengths[1]) if keys is None else keys
+        return self.cached(f"cut {rows} {columns}", lambda: cut_mask(self, rows, columns))
+
     def to(self, device: torch.device | str) -> BlockMask:
         """The mask on `device`; itself where it is there already."""
         target = torch.empty(0, device=device).device
