@@ -5,6 +5,7 @@ Inside a window nothing is larger than trained: positions, key counts and featur
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 from dataclasses import dataclass
@@ -170,14 +171,12 @@ class ViewedForward:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Window by window where the call is an extended one, else the model's own."""
-        family = self.runtime.family
         layout = self.runtime.layout
         tokens = None if layout is None else (layout[1], layout[2], layout[3])
         if self.inside or tokens is None or layout is None or not self.extension.concerns(tokens):
             return self.plain(*args, **kwargs)
-        arguments = {**dict(zip(family.parameters, args, strict=False)), **kwargs}
-        if len(args) > len(family.parameters):
-            raise ValueError("a model that is seen through windows takes its arguments by name")
+        names = list(inspect.signature(type(self.model).forward).parameters)[1:]
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         wants_dict = arguments.pop("return_dict", True)
         self.inside, self.extension.view = True, self.views.sides(tokens, self.extension.sizes.trained_tokens)
         try:
