@@ -3,6 +3,7 @@ watches, the backend directly."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Literal, overload
 
 import torch
@@ -100,13 +101,16 @@ def sparse_attention(
     checks.check_inputs(q, k, v, key_lengths, modifier)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     wants = run.Wants(return_lse, _needs_gradients(q, k, v, modifier))
-    if torch.compiler.is_compiling() or wants.backward:
-        out, lse = _through_operator(q, k, v, mask, scale, key_lengths, modifier, backend, wants)
-    else:
-        found = _find(mask)
-        if found is not None:
-            checks.check_mask(found, q, k)
-        out, lse = run.forward(q, k, v, found, scale, key_lengths, modifier, backend, wants)
+    # Cast once, above: a backend that multiplies in fp32 for want of bf16 hardware is not to be cast back.
+    uncast = nullcontext() if torch.compiler.is_compiling() else torch.autocast(q.device.type, enabled=False)
+    with uncast:
+        if torch.compiler.is_compiling() or wants.backward:
+            out, lse = _through_operator(q, k, v, mask, scale, key_lengths, modifier, backend, wants)
+        else:
+            found = _find(mask)
+            if found is not None:
+                checks.check_mask(found, q, k)
+            out, lse = run.forward(q, k, v, found, scale, key_lengths, modifier, backend, wants)
     return (out, lse) if return_lse else out
 
 

@@ -52,10 +52,12 @@ def test_full_and_sparse_and_back(tiny, case):
         inputs, grids = case.inputs(shape), case.grids(shape)
         before = run(model, inputs)
         assert before.isfinite().all()
+        # Of the output's scale: rounding in one layer is carried into every element by those that follow.
+        scale = max(1.0, float(before.abs().max()))
         for pattern in (Full(), EVERYTHING):
             with sparsereel.sparsified(model, AttentionPlan.uniform(pattern)) as report:
                 assert report.replaced == len(report.layers) == case.layers
-                torch.testing.assert_close(run(model, inputs), before, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(run(model, inputs), before, rtol=1e-5, atol=1e-5 * scale)
         with tiny.dense_under(tiny.same_mask(NEAR), grids) as masked:
             expected = run(model, inputs)
         assert len(masked) == case.layers * case.calls
