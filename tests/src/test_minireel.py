@@ -123,7 +123,8 @@ def test_loads_within_seconds(pipeline):
 def test_weights_are_safetensors_and_small():
     files = [path for path in minireel.WEIGHTS.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".safetensors", ".json"}
-    assert sum(path.stat().st_size for path in files) < 24e6
+    # The causal transformer is among them; all weights of the project stay under this.
+    assert sum(path.stat().st_size for path in files) < 44e6
 
 
 def test_importing_minireel_leaves_diffusers_alone():

@@ -11,6 +11,7 @@ import torch
 
 from sparsereel import minireel
 from sparsereel.minireel import train
+from sparsereel.arithmetic import arithmetic
 from sparsereel.minireel.training import checkpoint, loop, stages, vae_stage
 from sparsereel.minireel.training.architecture import build_text_encoder, build_tokenizer, build_transformer, build_vae
 from sparsereel.minireel.training.attention import use_kernels
@@ -193,7 +194,7 @@ def test_a_stage_ships_a_blend_of_its_average_and_its_start():
     with trainer.use_result():
         for after, first, average in zip(trainer.parameters, start, trainer.average.values, strict=True):
             torch.testing.assert_close(after.detach(), 0.75 * first + 0.25 * average)
-        assert torch.equal(trainer.worker.proj_out.weight, trainer.transformer.proj_out.weight.bfloat16())
+        assert torch.equal(trainer.worker.proj_out.weight, trainer.transformer.proj_out.weight.to(arithmetic()))
     assert any(not torch.equal(first, last) for first, last in zip(start, trained, strict=True))
     assert all(torch.equal(after, last) for after, last in zip(trainer.parameters, trained, strict=True))
 

@@ -31,6 +31,7 @@ def test_every_pattern_can_be_drawn(name, tmp_path):
     required = {"neighborhood": {"window": 3}, "sliding_tile": {"window": 1, "tile": [2, 2, 2]}}
     required |= {"blocked": {"window": 2}}
     required |= {"diagonal": {"width": 5}, "multi_diagonal": {"width": 3}, "vertical_stripe": {"columns": [0, 9]}}
+    required |= {"sink_tokens": {"places": [[0, 0.5, 0.5]]}}
     picture = tmp_path / "picture.png"
     pattern = patterns.make(name, **required.get(name, {}))
     main(pattern, argv=["--grid", "3", "4", "4", "--block", "8", "16", "--order", "tile", "-o", str(picture)])
