@@ -483,7 +483,10 @@ def test_what_cannot_work_is_refused(make):
         sparsereel.extend(pipe, frames=2.0)
     with pytest.raises(ValueError, match="'ultravico' is for wan and hunyuan_video, not for stable_diffusion"):
         sparsereel.extend(pipe, height=2.0, method="ultravico")
-    with pytest.raises(ValueError, match="unknown method 'warp'; allowed: auto, plain, multidiffusion, demofusion, cupscale, hidiffusion"):
+    with pytest.raises(
+        ValueError,
+        match="unknown method 'warp'; allowed: auto, plain, multidiffusion, demofusion, cupscale, hidiffusion",
+    ):
         sparsereel.extend(pipe, height=2.0, method="warp")
     with pytest.raises(ValueError, match="share of the steps from 0 to 1, got 2"):
         HiDiffusion(t1=2.0)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sparsereel import minireel
-from sparsereel.minireel import train
 from sparsereel.arithmetic import arithmetic
+from sparsereel.minireel import train
 from sparsereel.minireel.training import checkpoint, loop, stages, vae_stage
 from sparsereel.minireel.training.architecture import build_text_encoder, build_tokenizer, build_transformer, build_vae
 from sparsereel.minireel.training.attention import use_kernels
