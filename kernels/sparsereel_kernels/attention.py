@@ -97,13 +97,15 @@ def sparse_attention(
 
     Under torch.autocast q, k and v are cast first, as for torch's own attention.
     """
-    q, k, v = _as_autocast_wants(q, k, v)
+    casting = _casts(q)
+    if casting:
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     checks.check_inputs(q, k, v, key_lengths, modifier)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     wants = run.Wants(return_lse, _needs_gradients(q, k, v, modifier))
     # Cast once, above: a backend that multiplies in fp32 for want of bf16 hardware is not to be cast back.
-    uncast = nullcontext() if torch.compiler.is_compiling() else torch.autocast(q.device.type, enabled=False)
-    with uncast:
+    eager = casting and not torch.compiler.is_compiling()
+    with torch.autocast(q.device.type, enabled=False) if eager else nullcontext():
         if torch.compiler.is_compiling() or wants.backward:
             out, lse = _through_operator(q, k, v, mask, scale, key_lengths, modifier, backend, wants)
         else:
@@ -114,12 +116,9 @@ def sparse_attention(
     return (out, lse) if return_lse else out
 
 
-def _as_autocast_wants(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under autocast q, k and v in its dtype, as torch's own attention takes them: rotary tables often leave fp32."""
-    if not isinstance(q, Tensor) or q.dtype == torch.float64 or not torch.is_autocast_enabled(q.device.type):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(q.device.type)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+def _casts(q: Tensor) -> bool:
+    """Whether autocast is on, which torch's own attention casts q, k and v for: rotary tables often leave fp32."""
+    return isinstance(q, Tensor) and q.dtype != torch.float64 and torch.is_autocast_enabled(q.device.type)
 
 
 def _needs_gradients(q: Tensor, k: Tensor, v: Tensor, modifier: Modifier | None) -> bool:
