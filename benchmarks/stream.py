@@ -1,12 +1,14 @@
 """Streaming: memory and time over thousands of latent frames, cached against recomputed, and quality second by second.
 
-    python benchmarks/stream.py                                # memory, time and ratio: minutes on an idle machine
-    python benchmarks/stream.py --parts quality --prompts 2    # to ten times the trained length; long
+    python benchmarks/stream.py --parts memory --plot docs/images/stream-memory.png
+    python benchmarks/stream.py --parts ratio --steps 4
+    python benchmarks/stream.py --parts quality --minutes 30     # again until it says that all runs are there
 
 * memory: a stream of 100 and one of `--frames` latent frames, each in a process of its own: peak resident memory and
-  the seconds of every chunk, with a straight line fitted through them; 16 x 16 pixels, so that it is over soon.
+  the seconds of every chunk, with a straight line fitted through them, and the same before and after 1,024 latent
+  frames, where diffusers' rotary table ends.
 * ratio: the same chunks at the native size with a cache, and with the window recomputed in every pass.
-* quality: minireel-causal, judged second by second by `sparsereel_eval.judge`.
+* quality: minireel-causal, judged second by second; see stream_quality.py.
 
 Output: tables, JSON, and with --plot a PNG of memory and time.
 """
@@ -20,11 +22,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from stream_quality import METHODS, PROMPTS, quality_part
 
 import sparsereel
 from sparsereel import minireel
@@ -32,27 +35,30 @@ from sparsereel.files import write_json
 from sparsereel.generation import environment
 from sparsereel.stream.vitals import memory, peak_memory
 
-METHODS = "self-forcing,streaming-llm,longlive,deep-forcing,rolling-forcing"
-PROMPTS = ("a red 3 moving right on navy", "a cyan 6 moving left on black", "a green 7 moving up on grey")
-TRAINED_SECONDS = minireel.NATIVE.frames / 16
+TABLE_END = 1024  # latent frames in diffusers' rotary table
+WARM_UP = 5  # chunks until the window is full
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--parts", default="memory,ratio", help="memory, ratio, quality")
     parser.add_argument("--frames", type=int, default=2000, help="latent frames of the long stream")
-    parser.add_argument("--methods", default=METHODS, help="of quality")
-    parser.add_argument("--prompts", type=int, default=2, help="of quality, at most three")
+    parser.add_argument("--pixels", type=int, default=minireel.NATIVE.width, help="of memory: height and width")
+    parser.add_argument("--methods", default=",".join(METHODS), help="of quality")
+    parser.add_argument("--prompts", type=int, default=4, help=f"of quality, at most {len(PROMPTS)}")
     parser.add_argument("--times", type=float, default=10, help="of quality: trained lengths to go")
+    parser.add_argument("--minutes", type=float, help="of quality: begin no run that would end later")
+    parser.add_argument("--work", type=Path, default=Path("out/stream-quality"), help="of quality: one file a run")
+    parser.add_argument("--docs", type=Path, help="of quality: put table and pictures into this page")
     parser.add_argument("--steps", type=int, default=10, help="of quality and ratio")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/stream.json"))
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.child:
-        print(json.dumps(one_stream(given.child)))
+        print(json.dumps(one_stream(given.child, given.pixels)))
         return
     result: dict[str, Any] = json.loads(given.json.read_text()) if given.json.is_file() else {}
     result |= {"environment": environment(), "load_average": os.getloadavg()}
@@ -70,45 +76,74 @@ def main() -> None:
 def memory_part(given: argparse.Namespace) -> dict[str, Any]:
     runs = {}
     for frames in (100, given.frames):
+        print(f"{frames} latent frames:", file=sys.stderr, flush=True)
         command = [sys.executable, __file__, "--child", str(frames), "--threads", str(given.threads)]
+        command += ["--pixels", str(given.pixels)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         runs[str(frames)] = json.loads(done.stdout.splitlines()[-1])
     short, long = runs["100"], runs[str(given.frames)]
-    seconds = np.array(long["chunk_seconds"][5:])
-    (slope, _), covariance = np.polyfit(np.arange(len(seconds)), seconds, 1, cov=True)
-    result = {
+    seconds = np.array(long["chunk_seconds"][WARM_UP:])
+    # The medians of ten chunks each: one that waited for another program would bend the line.
+    tens = np.median(seconds[: len(seconds) // 10 * 10].reshape(-1, 10), axis=1)
+    (slope, _), covariance = np.polyfit(10 * np.arange(len(tens)), tens, 1, cov=True)
+    result: dict[str, Any] = {
+        "pixels": given.pixels,
         "runs": runs,
         "peak_ratio": long["peak"] / short["peak"],
+        "grown_ratio": (long["peak"] - long["loaded"]) / (short["peak"] - short["loaded"]),
         "slope_seconds_a_chunk": slope,
         "slope_error": float(covariance[0, 0] ** 0.5),
         "growth_over_the_run": slope * len(seconds) / float(np.median(seconds)),
-        "first_half_median": median(long["chunk_seconds"][5 : len(seconds) // 2]),
-        "second_half_median": median(long["chunk_seconds"][len(seconds) // 2 :]),
     }
+    for name, run in (("100", short), (str(given.frames), long)):
+        above = (run["peak"] - run["loaded"]) / 2**20
+        print(f"{name} latent frames: peak {run['peak'] / 2**20:.1f} MiB, {above:.1f} above the loaded pipeline")
+    print(f"ratio of the peaks {result['peak_ratio']:.4f}")
     print(
-        f"peak memory, 100 latent frames: {short['peak'] / 2**20:.1f} MiB; {given.frames}: {long['peak'] / 2**20:.1f}"
+        f"slope {1e6 * slope:.1f} +- {1e6 * result['slope_error']:.1f} us a chunk of "
+        f"{1e3 * float(np.median(seconds)):.1f} ms; over the whole run {100 * result['growth_over_the_run']:+.2f}%"
     )
-    print(f"ratio {result['peak_ratio']:.4f}")
-    halves = (1000 * result[f"{name}_half_median"] for name in ("first", "second"))
-    print("chunk, median ms: first half {:.1f}, second half {:.1f}".format(*halves))
-    print(f"slope {1e6 * slope:.2f} +- {1e6 * result['slope_error']:.2f} us a chunk")
+    edge = TABLE_END // 3
+    if len(long["chunk_seconds"]) > edge + WARM_UP:
+        halves = {"before": slice(WARM_UP, edge), "after": slice(edge + 1, None)}
+        for name, part in halves.items():
+            found = {"chunk_seconds": median(long["chunk_seconds"][part]), "resident": median(long["resident"][part])}
+            found |= {"brightness": median(long["mean"][part]), "contrast": median(long["deviation"][part])}
+            result[f"{name}_1024"] = found
+            print(
+                f"{name} 1,024 latent frames: {1e3 * found['chunk_seconds']:.1f} ms a chunk, "
+                f"{found['resident'] / 2**20:.1f} MiB, pixels {found['brightness']:.1f} +- {found['contrast']:.1f}"
+            )
     return result
 
 
-def one_stream(frames: int) -> dict[str, Any]:
-    """A stream of so many latent frames of 16 x 16 pixels, decoded; frames are thrown away."""
+def one_stream(frames: int, pixels: int) -> dict[str, Any]:
+    """A stream of so many latent frames, decoded; frames are thrown away."""
     pipe = minireel.load_causal()
     stream = sparsereel.stream(
-        pipe, PROMPTS[0], frames=4 * frames - 3, height=16, width=16, steps=2, guidance=1.0, method="streaming-llm"
+        pipe,
+        PROMPTS[0],
+        frames=4 * frames - 3,
+        height=pixels,
+        width=pixels,
+        steps=2,
+        guidance=1.0,
+        method="streaming-llm",
     )
-    seconds, resident = [], []
-    before = time.perf_counter()
-    for _ in stream:
+    found: dict[str, Any] = {"loaded": memory(), "chunk_seconds": [], "resident": [], "mean": [], "deviation": []}
+    begun = before = time.perf_counter()
+    for number, made in enumerate(stream, start=1):
         now = time.perf_counter()
-        seconds.append(now - before)
-        resident.append(memory())
-        before = now
-    return {"peak": peak_memory(), "chunk_seconds": seconds, "resident": resident}
+        found["chunk_seconds"].append(now - before)
+        found["resident"].append(memory())
+        found["mean"].append(float(made.mean()))
+        found["deviation"].append(float(made.std()))
+        if number % 50 == 0:
+            left = (now - begun) / number * (frames / pipe.chunk_frames - number)
+            state = f"{pipe.chunk_frames * number} of {frames} latent frames, {memory() / 2**20:.0f} MiB"
+            print(f"  {state}, {left:.0f} s left", file=sys.stderr, flush=True)
+        before = time.perf_counter()
+    return {"peak": peak_memory(), **found}
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
@@ -122,13 +157,17 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 5), sharex=True)
     frames = 3 * np.arange(1, len(long["resident"]) + 1)
     above.plot(frames, np.array(long["resident"]) / 2**20)
-    above.set(ylabel="resident memory, MiB", ylim=(0, None))
+    above.set(ylabel="resident memory, MiB", ylim=(0, 1.2 * found["runs"]["100"]["peak"] / 2**20))
     below.plot(frames, 1000 * np.array(long["chunk_seconds"]), ".", markersize=3)
-    below.set(ylabel="ms a chunk", xlabel="latent frames", yscale="log")
+    below.set(ylabel="ms a chunk", xlabel="latent frames", ylim=(0, 4e3 * median(long["chunk_seconds"])))
     for axis in (above, below):
-        axis.axvline(1024, color="grey", linewidth=0.8, linestyle="--")
+        if frames[-1] > TABLE_END:
+            axis.axvline(TABLE_END, color="grey", linewidth=0.8, linestyle="--")
         axis.grid(alpha=0.3)
-    below.annotate("end of diffusers' rotary table", (1024, 0.05), xycoords=("data", "axes fraction"), fontsize=8)
+    if frames[-1] > TABLE_END:
+        below.annotate(
+            "end of diffusers' rotary table", (TABLE_END + 10, 0.05), xycoords=("data", "axes fraction"), fontsize=8
+        )
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -164,37 +203,6 @@ def ratio_part(given: argparse.Namespace) -> dict[str, Any]:
     result["ratio"] = result["recomputed"] / result["cached"]
     print(f"cached is {result['ratio']:.2f} times faster at a window of {pipe.window_frames} latent frames")
     return result
-
-
-# ------------------------------------------------------------------ quality
-
-
-def quality_part(given: argparse.Namespace) -> dict[str, Any]:
-    """Digit and colour by second, mean over prompts."""
-    from sparsereel_eval.judge import Judge
-
-    judge, pipe = Judge(), minireel.load_causal()
-    result: dict[str, Any] = {"steps": given.steps, "prompts": list(PROMPTS[: given.prompts]), "methods": {}}
-    seconds = round(TRAINED_SECONDS * given.times)
-    for method in given.methods.split(","):
-        rows: list[list[dict[str, Any]]] = []
-        for seed, prompt in enumerate(PROMPTS[: given.prompts]):
-            stream = sparsereel.stream(pipe, prompt, seconds=seconds, steps=given.steps, method=method, seed=seed)
-            clip = np.concatenate(list(stream))
-            rows.append([judge.score(clip[i * 16 : i * 16 + 16], prompt).to_dict() for i in range(seconds)])
-        table = {
-            name: [mean(float(row[i][name]) for row in rows) for i in range(seconds)]
-            for name in ("digit", "colour", "background", "count")
-        }
-        quarter = max(1, seconds // 4)
-        summary = {f"{n} {w}": mean(v[s]) for n, v in table.items() for w, s in _ends(quarter).items()}
-        result["methods"][method] = {"by_second": table, **summary}
-        print(method, {name: round(value, 2) for name, value in summary.items()}, flush=True)
-    return result
-
-
-def _ends(quarter: int) -> dict[str, slice]:
-    return {"first quarter": slice(0, quarter), "last quarter": slice(-quarter, None)}
 
 
 if __name__ == "__main__":
