@@ -15,7 +15,7 @@ one frame) is left out with its reason. Both clips are read once, side by side, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -232,8 +232,8 @@ def aggregate(results: Sequence[PairResult], groups: Sequence[str] | None = None
     return table
 
 
-def parse_thresholds(texts: Sequence[str]) -> dict[str, float]:
-    """`psnr=25` to {"psnr": 25.0}; several may be joined by commas.
+def parse_thresholds(texts: Sequence[str], names: Iterable[str] = HIGHER_IS_BETTER) -> dict[str, float]:
+    """`psnr=25` to {"psnr": 25.0}; several may be joined by commas. `names` are the allowed figures.
 
     Raises:
         ValueError: an unknown figure or no number.
@@ -245,8 +245,8 @@ def parse_thresholds(texts: Sequence[str]) -> dict[str, float]:
             value = float(number)
         except ValueError:
             value = float("nan")
-        if name not in HIGHER_IS_BETTER or value != value:
-            raise ValueError(f"a threshold is NAME=NUMBER with a name of {', '.join(HIGHER_IS_BETTER)}; got {part!r}")
+        if name not in names or value != value:
+            raise ValueError(f"a threshold is NAME=NUMBER with a name of {', '.join(names)}; got {part!r}")
         wanted[name] = value
     return wanted
 
@@ -264,8 +264,8 @@ def missed(table: dict[str, dict[str, Any]], thresholds: dict[str, float]) -> li
     for name, wanted in thresholds.items():
         if name not in table:
             raise ValueError(f"the threshold on {name} cannot be checked: it was not measured")
-        mean = table[name]["mean"]
-        if (mean < wanted) if HIGHER_IS_BETTER[name] else (mean > wanted):
-            side = "below" if HIGHER_IS_BETTER[name] else "above"
+        mean, higher = table[name]["mean"], table[name]["higher_is_better"]
+        if (mean < wanted) if higher else (mean > wanted):
+            side = "below" if higher else "above"
             sentences.append(f"{name} is {mean:.4g}, {side} the threshold of {wanted:g}")
     return sentences

@@ -94,6 +94,14 @@ def test_a_changed_configuration_is_noticed(study, capsys):
         said = capsys.readouterr()
         assert len(json.loads(said.out)["missed"]) == 2
         assert "below the threshold of 99" in said.err
+        limits = {"sound": 1.1, "colour": 0, "speedup": 1e4, "token_density": 0, "ms_ssim": 0.5}
+        path.write_text(yaml.safe_dump({**data, "thresholds": limits}))
+        assert run([*command, "--json", "-"]) == 1
+        missed = json.loads(capsys.readouterr().out)["missed"]
+        tight = [line for line in missed if line.startswith("tight: ")]
+        assert [line.split()[1] for line in tight] == ["sound", "speedup", "token_density", "ms_ssim"]
+        assert "above the threshold of 0" in tight[2]
+        assert "was not measured" in tight[3], "the clips are too small for it"
         assert "Thresholds missed" in (folder / "out" / "report.html").read_text()
     finally:
         path.write_text(before)
@@ -144,7 +152,8 @@ def test_pareto_places_points_inside_the_plot():
         ({"steps": 0}, "steps must be a whole number"),
         ({"prompts": ["a", "a"]}, "listed twice"),
         ({"prompts": "none.txt"}, r"none\.txt"),
-        ({"thresholds": {"nice": 3}}, "NAME=NUMBER"),
+        ({"thresholds": {"nice": 3}}, "NAME=NUMBER with a name of psnr, .*sound, .*speedup"),
+        ({"thresholds": "psnr=3"}, "names with numbers"),
         ({"lpips": "best"}, "alex, vgg or off"),
     ],
 )

@@ -6,17 +6,20 @@ The official program resizes tensors without antialiasing, which moves scores in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparsereel_eval.vbench.dimensions import Features, Flow, Rating
+from sparsereel_eval.vbench.dimensions import Between, Features, Flow, Rating
 from sparsereel_eval.vbench.weights import read_tensors
+
+if TYPE_CHECKING:
+    from sparsereel_eval.vbench.viclip import ViClip
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -69,8 +72,22 @@ def clip_features(encode: Callable[[torch.Tensor], torch.Tensor]) -> Features:
 
     @torch.no_grad()
     def features(frame: np.ndarray) -> torch.Tensor:
-        levels = shorter_side(to_tensor(frame) * 255, SIDE, "bicubic").round().clamp(0, 255)
-        return encode(_normalised(centre(levels, SIDE) / 255, _CLIP))[0].float()
+        return encode(_clip_picture(frame))[0].float()
+
+    return features
+
+
+def _clip_picture(frame: np.ndarray) -> torch.Tensor:
+    levels = shorter_side(to_tensor(frame) * 255, SIDE, "bicubic").round().clamp(0, 255)
+    return _normalised(centre(levels, SIDE) / 255, _CLIP)
+
+
+def video_features(encode: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Sequence[np.ndarray]], torch.Tensor]:
+    """Frames to ViCLIP's vector of the clip: each frame prepared as for CLIP."""
+
+    @torch.no_grad()
+    def features(frames: Sequence[np.ndarray]) -> torch.Tensor:
+        return encode(torch.stack([_clip_picture(frame) for frame in frames], 1))[0].float()
 
     return features
 
@@ -123,16 +140,31 @@ def optical_flow(network: nn.Module) -> Flow:
 
     @torch.no_grad()
     def flow(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        pair = [_padded(to_tensor(frame) * 2 - 1) for frame in (a, b)]
+        pair = [F.pad(to_tensor(frame) * 2 - 1, _padding(frame, 8, 128), mode="replicate") for frame in (a, b)]
         return network(*pair, num_flow_updates=RAFT_UPDATES)[-1][0].permute(1, 2, 0).numpy()
 
     return flow
 
 
-def _padded(picture: torch.Tensor) -> torch.Tensor:
-    """To multiples of 8, and to RAFT's smallest side of 128, half on each side."""
-    height, width = ((max(128, -(-length // 8) * 8) - length) for length in picture.shape[-2:])
-    return F.pad(picture, (width // 2, width - width // 2, height // 2, height - height // 2), mode="replicate")
+def interpolation(network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Between:
+    """Two frames to the one halfway by AMT, 8-bit, cut to whole levels as the official program does."""
+    from sparsereel_eval.vbench.amt import MULTIPLE, SMALLEST
+
+    @torch.no_grad()
+    def between(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        left, right, top, bottom = padding = _padding(a, MULTIPLE, SMALLEST)
+        pair = [F.pad(to_tensor(frame), padding, mode="replicate") for frame in (a, b)]
+        middle = network(*pair)[0].permute(1, 2, 0).numpy()
+        height, width = middle.shape[:2]
+        return (middle[top : height - bottom, left : width - right] * 255).clip(0, 255).astype(np.uint8)
+
+    return between
+
+
+def _padding(frame: np.ndarray, multiple: int, smallest: int) -> tuple[int, int, int, int]:
+    """Left, right, top, bottom to a multiple and at least the smallest side, half on each side."""
+    height, width = ((max(smallest, -(-length // multiple) * multiple) - length) for length in frame.shape[:2])
+    return width // 2, width - width // 2, height // 2, height - height // 2
 
 
 def load_dino(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -164,6 +196,24 @@ def load_raft(path: Path) -> nn.Module:
     return network
 
 
+def load_amt(path: Path) -> nn.Module:
+    """AMT-S from its published file."""
+    from sparsereel_eval.vbench.amt import AmtS
+
+    network: nn.Module = _filled(AmtS(), path, "AMT-S")
+    return network
+
+
+def load_viclip(path: Path) -> ViClip:
+    """ViCLIP from its published file."""
+    from sparsereel_eval.vbench.viclip import ViClip
+
+    with torch.device("meta"):
+        empty = ViClip()
+    network: ViClip = _filled(empty, path, "ViCLIP")
+    return network
+
+
 def load_musiq(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     """MUSIQ (SPAQ) as pyiqa has it.
 
@@ -187,7 +237,9 @@ def load_musiq(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _filled(network: Any, path: Path, name: str) -> Any:
     try:
-        network.load_state_dict(read_tensors(path))
+        # Assigned where the network was built without memory.
+        empty = any(parameter.is_meta for parameter in network.parameters())
+        network.load_state_dict(read_tensors(path), assign=empty)
     except RuntimeError as error:
         raise ValueError(f"{path} does not hold the weights of {name}: {str(error).splitlines()[0]}") from error
     return network.eval().requires_grad_(False)

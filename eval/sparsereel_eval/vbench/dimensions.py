@@ -1,4 +1,4 @@
-"""Own versions of VBench's quality dimensions. Without weights: temporal flickering. The others take their model as an
+"""Own versions of VBench's dimensions. Without weights: temporal flickering. The others take their model as an
 argument, a plain callable, so that any backbone can be put in; with another than the official one the figure is only
 comparable with itself. All scores are in [0, 1], higher is better, and belong to one clip.
 
@@ -7,8 +7,8 @@ A frozen clip scores best on consistency, flickering and smoothness: read them b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice, pairwise
 
 import numpy as np
 import torch
@@ -43,12 +43,13 @@ def consistency(frames: Iterable[np.ndarray], features: Features) -> float:
 
 def motion_smoothness(frames: Iterable[np.ndarray], between: Between) -> float:
     """Every second frame is predicted from its neighbours; (255 - mean absolute error) / 255 on 8-bit levels."""
-    clip = list(frames)
-    _need(len(clip), 3, "motion_smoothness")
-    errors = [
-        float(np.abs(_levels(between(clip[i - 1], clip[i + 1])) - _levels(clip[i])).mean())
-        for i in range(1, len(clip) - 1, 2)
-    ]
+    errors, held = [], []
+    for frame in frames:
+        held.append(frame)
+        if len(held) == 3:
+            errors.append(float(np.abs(_levels(between(held[0], held[2])) - _levels(held[1])).mean()))
+            held = held[2:]
+    _need(len(held) + 2 * len(errors), 3, "motion_smoothness")
     return (255 - float(np.mean(errors))) / 255
 
 
@@ -63,14 +64,13 @@ def is_dynamic(frames: Iterable[np.ndarray], fps: float, flow: Flow) -> bool:
     """
     if not fps > 0:
         raise ValueError(f"dynamic_degree needs the clip's frame rate, got {fps}")
-    kept = list(frames)[:: max(1, round(fps / 8))]
-    _need(len(kept), 6, "dynamic_degree at 8 frames a second")
-    threshold = 6 * min(kept[0].shape[:2]) / 256
-    fast = 0
-    for a, b in pairwise(kept):
+    fast, kept = 0, 1
+    for a, b in pairwise(islice(frames, 0, None, max(1, round(fps / 8)))):
         lengths = np.sort(np.hypot(*np.moveaxis(flow(a, b), -1, 0)).ravel())
-        fast += bool(lengths[-max(1, int(lengths.size * 0.05)) :].mean() > threshold)
-    return fast >= round(4 * len(kept) / 16)
+        fast += bool(lengths[-max(1, int(lengths.size * 0.05)) :].mean() > 6 * min(a.shape[:2]) / 256)
+        kept += 1
+    _need(kept, 6, "dynamic_degree at 8 frames a second")
+    return fast >= round(4 * kept / 16)
 
 
 def imaging_quality(frames: Iterable[np.ndarray], rating: Rating) -> float:
@@ -95,6 +95,29 @@ def appearance_style(frames: Iterable[np.ndarray], features: Features, style: to
     terms = [float(torch.nn.functional.normalize(features(f).double().flatten(), dim=0) @ text) for f in frames]
     _need(len(terms), 1, "appearance_style")
     return float(np.mean(terms))
+
+
+def text_consistency(
+    frames: Sequence[np.ndarray], features: Callable[[Sequence[np.ndarray]], torch.Tensor], text: torch.Tensor
+) -> float:
+    """Temporal style and overall consistency: cosine (ViCLIP) of a clip and its prompt, which can be negative.
+
+    Args:
+        frames: Those that `middle_frames` names.
+        features: Frames to the clip's vector (D,).
+        text: The prompt's vector (D,).
+    """
+    _need(len(frames), 1, "text_consistency")
+    both = [torch.nn.functional.normalize(x.double().flatten(), dim=0) for x in (features(frames), text)]
+    return float(both[0] @ both[1])
+
+
+def middle_frames(total: int, count: int) -> list[int]:
+    """The middle frame of each of `count` equal parts; of shorter clips every frame, the last one repeated."""
+    parts = min(count, total)
+    edges = np.linspace(0, total, parts + 1).astype(int)
+    picked = [int(start + end - 1) // 2 for start, end in pairwise(edges)]
+    return picked + picked[-1:] * (count - parts)
 
 
 def _levels(frame: np.ndarray) -> np.ndarray:

@@ -73,6 +73,12 @@ RAFT = WeightFile(
     "https://download.pytorch.org/models/raft_large_C_T_V1-22a6c225.pth",
     20,
 )
+AMT = WeightFile("amt_model/amt-s.pth", "https://huggingface.co/lalala125/AMT/resolve/main/amt-s.pth", 12)
+VICLIP = WeightFile(
+    "ViCLIP/ViClip-InternVid-10M-FLT.pth",
+    "https://huggingface.co/OpenGVLab/VBench_Used_Models/resolve/main/ViClip-InternVid-10M-FLT.pth",
+    1711,
+)
 MUSIQ = WeightFile("pyiqa_model/musiq_spaq_ckpt-358bb6af.pth", f"{_RELEASES}/musiq_spaq_ckpt-358bb6af.pth", 109)
 
 #: files of the dimensions measured here; the other dimensions run in the official program
@@ -80,16 +86,16 @@ FILES: dict[str, tuple[WeightFile, ...]] = {
     "subject_consistency": (DINO,),
     "background_consistency": (CLIP_B,),
     "temporal_flickering": (),
+    "motion_smoothness": (AMT,),
     "dynamic_degree": (RAFT,),
     "aesthetic_quality": (CLIP_L, AESTHETIC),
     "imaging_quality": (MUSIQ,),
     "appearance_style": (CLIP_B,),
+    "temporal_style": (VICLIP,),
+    "overall_consistency": (VICLIP,),
 }
 #: what the others need, for their one line
 OFFICIAL_ONLY: dict[str, str] = {
-    "motion_smoothness": "amt-s.pth (12 MB, https://huggingface.co/lalala125/AMT)",
-    "temporal_style": "ViClip-InternVid-10M-FLT.pth (1.7 GB, https://huggingface.co/OpenGVLab/VBench_Used_Models)",
-    "overall_consistency": "ViClip-InternVid-10M-FLT.pth (1.7 GB, https://huggingface.co/OpenGVLab/VBench_Used_Models)",
     "human_action": "l16_ptk710_ftk710_ftk400_f16_res224.pth (0.6 GB, UMT)",
     "object_class": "grit_b_densecap_objectdet.pth (0.9 GB) and detectron2",
     "multiple_objects": "grit_b_densecap_objectdet.pth (0.9 GB) and detectron2",
@@ -108,7 +114,8 @@ def find(dimension: str, folder: Path, *, download: bool = False) -> list[Path]:
     """Paths of a dimension's files, in the order of `FILES`.
 
     Raises:
-        MissingWeights: a file is not there and `download` is off, or the dimension runs in the official program only.
+        MissingWeights: neither a file nor its conversion to safetensors is there and `download` is off, or the
+            dimension runs in the official program only.
         ValueError: a file is damaged, or could not be fetched.
     """
     if dimension not in FILES:
@@ -116,6 +123,10 @@ def find(dimension: str, folder: Path, *, download: bool = False) -> list[Path]:
     found, missing = [], []
     for file in FILES[dimension]:
         path = folder / file.path
+        converted = path.with_suffix(".safetensors")
+        if converted.is_file():
+            found.append(converted)
+            continue
         if not path.is_file() and download:
             fetch(file, path)
         if path.is_file():
@@ -155,7 +166,9 @@ def _check(file: WeightFile, path: Path) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors or .pth file; a .pth file that holds anything but tensors is refused.
+    """Tensors of a safetensors or .pth file, looked for in state_dict or model inside; nothing in a file is run.
+
+    A .pth file that holds more than plain values and tensors is refused; `sparsereel eval convert` makes one of it.
 
     Raises:
         ValueError: unreadable.
@@ -169,8 +182,16 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} cannot be read as weights: it is damaged, or holds more than tensors; if you trust its origin, "
+            f"sparsereel eval convert --trust {path} {path.with_suffix('.safetensors')}"
+        ) from error
+    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from error
+    for name in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path} must hold named tensors only")
     return state

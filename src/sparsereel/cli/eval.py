@@ -244,6 +244,9 @@ def vbench_measure(
     info: Annotated[
         Path | None, typer.Option(help="The official VBench_full_info.json: clips are named {prompt}-{index}.mp4.")
     ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="One prompt a clip, for temporal style and overall consistency without --info.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for files in official layout.")] = None,
     name: Annotated[str | None, typer.Option(help="First part of their names.")] = None,
     fps: Annotated[float | None, typer.Option(min=0.1, help="Frames a second, over the files'.")] = None,
@@ -260,9 +263,8 @@ def vbench_measure(
         _vbench_official(clips, dimensions, weights, info, output, name or "official", env, json)
         return
     sources = Sources(weights or default_folder(), download, fps)
-    result = measure(
-        clips, dimensions, console.say, sources=sources, info=info, output=output, name=name or "vbench_like"
-    )
+    places = {"info": info, "prompts": prompts, "output": output}
+    result = measure(clips, dimensions, console.say, sources=sources, name=name or "vbench_like", **places)
     for key, row in result["vbench_like"].items():
         console.say(f"{key} {row['score']:.4f}   interval {_interval(row['interval'])}   ({row['n']} clips)")
     console.emit_json(json, result)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 DENSE = "dense"
+#: costs of a plan that thresholds may name, and whether more is better
+COSTS = {"speedup": True, "density": False, "token_density": False}
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class StudyConfig:
         lpips: "alex", "vgg" or "off".
         judge: "auto": minireel's judge scores the clips where it knows the words of every prompt; or "off".
         efficiency: Also probe every plan with a short clip: share of attention, FLOPs, peak memory.
-        thresholds: Figure to the mean each plan must reach.
+        thresholds: Figure to the mean each plan must reach: those of `eval compare`, the judge's, and `COSTS`.
         name: Title of the report.
     """
 
@@ -102,7 +104,8 @@ def load_config(path: Path) -> StudyConfig:
 
 def _resolved(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     from sparsereel.batch import read_prompts
-    from sparsereel_eval.paired import parse_thresholds
+    from sparsereel.evaluate.judging import FIGURES
+    from sparsereel_eval.paired import HIGHER_IS_BETTER, parse_thresholds
 
     prompts, plans = data["prompts"], data["plans"]
     if isinstance(prompts, str):
@@ -115,6 +118,9 @@ def _resolved(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     found = {str(k): str(folder / str(v)) if (folder / str(v)).is_file() else str(v) for k, v in plans.items()}
     seeds = data.get("seeds", [0])
     thresholds = data.get("thresholds") or {}
+    if not isinstance(thresholds, dict):
+        raise ValueError(f"thresholds must be names with numbers, such as psnr: 22, got {thresholds!r}")
+    names = (*HIGHER_IS_BETTER, *FIGURES, *COSTS)
     # YAML reads a bare off as false.
     switched_off = {key: "off" for key in ("lpips", "judge") if data.get(key) is False}
     return {
@@ -122,5 +128,5 @@ def _resolved(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         "prompts": tuple(prompts),
         "plans": found,
         "seeds": tuple(seeds) if isinstance(seeds, list) else (seeds,),
-        "thresholds": parse_thresholds([f"{k}={v}" for k, v in thresholds.items()]) if thresholds else {},
+        "thresholds": parse_thresholds([f"{k}={v}" for k, v in thresholds.items()], names) if thresholds else {},
     }

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsereel.evaluate.config import DENSE, StudyConfig
+from sparsereel.evaluate.config import COSTS, DENSE, StudyConfig
 from sparsereel.evaluate.efficiency import summarise_steps
 from sparsereel.evaluate.judging import can_judge, judge_clips, judge_table
 from sparsereel.evaluate.plots import on_front
@@ -218,7 +218,7 @@ def measure_study(
 ) -> dict[str, Any]:
     """Figures of every clip against its dense one and by the judge, and their summaries a plan."""
     from sparsereel.evaluate.comparison import load_measure
-    from sparsereel_eval.paired import compare_clips, missed
+    from sparsereel_eval.paired import compare_clips
 
     lpips = load_measure(config.lpips, None, download=False, say=say)
     judged: dict[Path, dict[str, float]] = {}
@@ -243,7 +243,7 @@ def measure_study(
         runs[cell.plan].append({**about, **times, **extra, "per_frame": pair.per_frame})
     summary = {name: _summary(runs[name], compared[name]) for name in config.plans}
     steps = {DENSE: [sidecar for _, sidecar in dense.values()], **runs}
-    sentences = [f"{n}: {s}" for n, row in summary.items() for s in missed(row["figures"], config.thresholds)]
+    sentences = [f"{n}: {s}" for n, row in summary.items() for s in _missed(row, config.thresholds)]
     _mark_front(summary)
     return {
         "config": json.loads(json.dumps(asdict(config))),
@@ -282,6 +282,17 @@ def _summary(runs: list[dict[str, Any]], compared: list[Any]) -> dict[str, Any]:
         "speedup_is_warm": all(run["warm"] for run in timed),
         "figures": aggregate(compared, [run["prompt"] for run in runs]) | judge_table(runs),
     }
+
+
+def _missed(row: dict[str, Any], thresholds: dict[str, float]) -> list[str]:
+    """A sentence for every threshold that a plan misses; after hours of work also for one nothing was measured for."""
+    from sparsereel_eval.paired import missed
+
+    costs = {name: {"mean": row[name], "higher_is_better": higher} for name, higher in COSTS.items()}
+    table = row["figures"] | costs
+    known = {name: wanted for name, wanted in thresholds.items() if name in table}
+    unknown = [name for name in thresholds if name not in table]
+    return missed(table, known) + [f"{name} was not measured, its threshold cannot be checked" for name in unknown]
 
 
 def _mark_front(summary: dict[str, dict[str, Any]]) -> None:

@@ -22,6 +22,7 @@ Say = Callable[[str], None]
 Measure = Callable[["ClipFile", str | None], float]
 #: dimensions whose aggregate weighs every pair of frames alike, as the official program on one device does
 _BY_FRAME = ("subject_consistency", "background_consistency")
+_BY_PROMPT = ("temporal_style", "overall_consistency")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def measure(
     *,
     sources: Sources | None = None,
     info: Path | None = None,
+    prompts: Path | None = None,
     output: Path | None = None,
     name: str = "vbench_like",
 ) -> dict[str, Any]:
@@ -49,6 +51,7 @@ def measure(
         names: Dimensions; None for all 16.
         sources: Of the weights; None for the official program's cache.
         info: The official VBench_full_info.json, for the official prompts; None for custom mode.
+        prompts: In custom mode, a file with one prompt a clip in the clips' order; None for the JSON beside each clip.
         output: Folder for `{name}_eval_results.json` and `{name}_full_info.json` in the official layout.
 
     Returns:
@@ -65,19 +68,24 @@ def measure(
 
     sources = sources or Sources(default_folder())
     chosen = [dimension(each) for each in names] if names else list(DIMENSIONS)
-    prompts = None if info is None else read_info(info)
+    if info is not None and prompts is not None:
+        raise ValueError("give --info or --prompts, not both")
+    suite = None if info is None else read_info(info)
     result: dict[str, Any] = {"vbench_like": {}, "left_out": {}, "coverage": {}}
     layout: dict[str, list[Any]] = {}
     for key in dict.fromkeys(chosen):
         try:
-            if prompts is None and key == "appearance_style":
+            if suite is None and key == "appearance_style":
                 raise MissingWeights(f"{key} compares with the official prompts' styles: give --info")
             run = _measure_of(key, sources)
+            if suite is None:
+                jobs = list(_custom_jobs(clips, key, prompts))
+            else:
+                jobs = list(_suite_jobs(clips, key, suite, result["coverage"], say))
         except MissingWeights as error:
             result["left_out"][key] = str(error)
             say(f"{key} left out: {error}")
             continue
-        jobs = list(_jobs(clips, key, prompts, result["coverage"], say))
         if jobs:
             result["vbench_like"][key], layout[key] = _run(key, run, jobs)
     if output is not None:
@@ -91,16 +99,31 @@ def _paths(rows: list[Any]) -> list[str]:
     return [row["video_path"] for row in rows[1]]
 
 
-def _jobs(
-    clips: Path, key: str, prompts: list[Prompt] | None, coverage: dict[str, Any], say: Say
+def _custom_jobs(clips: Path, key: str, prompts: Path | None) -> Iterator[tuple[Path, str | None]]:
+    """All clips, each with its prompt where the dimension compares with one."""
+    from sparsereel.evaluate.text import find_prompts
+    from sparsereel_eval.folders import list_clips
+    from sparsereel_eval.lpips import MissingWeights
+
+    files = list_clips(clips)
+    texts: Sequence[str | None] = [None] * len(files)
+    if key in _BY_PROMPT:
+        try:
+            texts = find_prompts(files, prompts)
+        except ValueError as error:
+            if prompts is not None:
+                raise
+            raise MissingWeights(f"{key} compares with prompts: {error}, or --info") from error
+    yield from zip(files, texts, strict=True)
+
+
+def _suite_jobs(
+    clips: Path, key: str, prompts: list[Prompt], coverage: dict[str, Any], say: Say
 ) -> Iterator[tuple[Path, str | None]]:
-    """Clips of a dimension, each with the style its prompt names."""
+    """Clips of a dimension's official prompts, each with its prompt, or with the style that it names."""
     from sparsereel_eval.folders import list_clips
     from sparsereel_eval.vbench import layout
 
-    if prompts is None:
-        yield from ((path, None) for path in list_clips(clips))
-        return
     own = {prompt.text: prompt for prompt in prompts if key in prompt.dimensions}
     covered = layout.coverage(clips, own, key)
     coverage[key] = {"expected": covered.expected, "found": covered.found}
@@ -109,7 +132,7 @@ def _jobs(
     for path in list_clips(clips):
         text, index = layout.prompt_of(path)
         if text in own and index is not None:
-            yield path, own[text].style
+            yield path, text if key in _BY_PROMPT else own[text].style
 
 
 def _run(key: str, run: Measure, jobs: list[tuple[Path, str | None]]) -> tuple[dict[str, Any], list[Any]]:
@@ -117,10 +140,10 @@ def _run(key: str, run: Measure, jobs: list[tuple[Path, str | None]]) -> tuple[d
     from sparsereel_eval.readers import open_clip
 
     values, weights = [], []
-    for path, style in jobs:
+    for path, text in jobs:
         clip = open_clip(path)
         try:
-            values.append(run(clip, style))
+            values.append(run(clip, text))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         weights.append((clip.frames or sum(1 for _ in clip)) - 1 if key in _BY_FRAME else 1)
@@ -144,24 +167,43 @@ def _measure_of(key: str, sources: Sources) -> Measure:
 
     files = find(key, sources.folder, download=sources.download)
     if key == "temporal_flickering":
-        return lambda clip, style: dimensions.temporal_flickering(clip)
+        return lambda clip, _: dimensions.temporal_flickering(clip)
     if key == "subject_consistency":
         subject = backbones.subject_features(backbones.load_dino(files[0]))
-        return lambda clip, style: dimensions.consistency(clip, subject)
+        return lambda clip, _: dimensions.consistency(clip, subject)
     if key == "background_consistency":
         scene = backbones.clip_features(backbones.load_clip(files[0], "ViT-B-32-quickgelu").encode_image)
-        return lambda clip, style: dimensions.consistency(clip, scene)
+        return lambda clip, _: dimensions.consistency(clip, scene)
     if key == "dynamic_degree":
         flow = backbones.optical_flow(backbones.load_raft(files[0]))
-        return lambda clip, style: float(dimensions.is_dynamic(clip, sources.fps or clip.fps or 0, flow))
+        return lambda clip, _: float(dimensions.is_dynamic(clip, sources.fps or clip.fps or 0, flow))
     if key == "aesthetic_quality":
         encode = backbones.load_clip(files[0], "ViT-L-14-quickgelu").encode_image
         beauty = backbones.aesthetic_rating(encode, backbones.load_head(files[1]))
-        return lambda clip, style: dimensions.aesthetic_quality(clip, beauty)
+        return lambda clip, _: dimensions.aesthetic_quality(clip, beauty)
     if key == "imaging_quality":
         quality = backbones.imaging_rating(backbones.load_musiq(files[0]))
-        return lambda clip, style: dimensions.imaging_quality(clip, quality)
-    return _appearance(files[0])
+        return lambda clip, _: dimensions.imaging_quality(clip, quality)
+    if key == "motion_smoothness":
+        between = backbones.interpolation(backbones.load_amt(files[0]))
+        return lambda clip, _: dimensions.motion_smoothness(clip, between)
+    return _appearance(files[0]) if key == "appearance_style" else _by_prompt(files[0])
+
+
+def _by_prompt(file: Path) -> Measure:
+    from sparsereel_eval.vbench import backbones, dimensions, viclip
+
+    model, tokens = backbones.load_viclip(file), viclip.tokenizer()
+    features = backbones.video_features(model.encode_video)
+
+    def run(clip: ClipFile, prompt: str | None) -> float:
+        total = clip.frames or sum(1 for _ in clip)
+        wanted = dimensions.middle_frames(total, viclip.FRAMES)
+        kept = {index: frame for index, frame in enumerate(clip) if index in wanted}
+        text = model.encode_text(tokens(prompt or ""))[0]
+        return dimensions.text_consistency([kept[index] for index in wanted], features, text)
+
+    return run
 
 
 def _appearance(file: Path) -> Measure:
