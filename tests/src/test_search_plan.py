@@ -208,6 +208,23 @@ def test_forecasts_follow_what_was_measured():
     learnt = forecast.learn(0.1, 0.2, measured)
     assert learnt.psnr(0.1) == pytest.approx(26)
     assert learnt.seconds(0.2) == pytest.approx(6)
+    # Dense costs what it did, and the way back from a speed-up to a share holds.
+    assert learnt.seconds(1.0) == pytest.approx(9)
+    assert learnt.speedup(learnt.share_for(1.3)) == pytest.approx(1.3)
+
+
+def test_forecasts_start_from_the_middling_clip():
+    """Calls cost something however few blocks they visit: 3 of 5 seconds at a third of the work, not 1.7."""
+    anchor = Anchor(seconds=10, attention=6, own_attention=5, psnr=20, sparse_attention=3)
+    forecast = Forecast.of(anchor, 1.0, 1 / 3)
+    assert forecast.seconds(1 / 3) == pytest.approx(4 + 3)
+    assert forecast.seconds(1.0) == pytest.approx(4 + 5)
+    assert forecast.seconds(0.0) == pytest.approx(4 + 2)
+    # Slower than dense: no plan is promised to be faster; nearly dense: nothing can be said.
+    assert Forecast.of(replace(anchor, sparse_attention=7), 1.0, 0.3).seconds(0.3) == pytest.approx(9, abs=0.2)
+    assert Forecast.of(anchor, 1.0, 0.95).gain == 1.0
+    # An older recording did not time it.
+    assert Forecast.of(replace(anchor, sparse_attention=None), 1.0, 0.3).gain == 1.0
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,8 @@ def _weigh(pipe: Any, study: Study, recording: Recording, shown: Bar, team: Team
     plan = plan_of(study, pricing.items, everywhere)
     anchor = measure_anchor(pipe, study, plan, shown.done) if team.leads else Anchor(1.0, 1.0, 1.0, 30.0)
     error = float(chooser.errors[:, number].sum())
-    return chooser, Forecast(anchor, ((error, anchor.psnr),))
+    costs = prices.get(tile_of(study, plan), prices[None])
+    return chooser, Forecast.of(anchor, error, costs.mean_share(everywhere))
 
 
 def _choose(

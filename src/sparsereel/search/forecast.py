@@ -19,6 +19,9 @@ from sparsereel.search.record import Study
 CAP = 100.0
 #: dB of PSNR for each dB of error: bounds on what a fit may say
 SLOPES = (0.3, 1.5)
+#: bounds on the part of dense attention that visiting nothing would save, and the share above which none is inferred
+GAINS = (0.05, 1.5)
+NEARLY_DENSE = 0.9
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,14 @@ class Anchor:
         seconds, attention: of the untouched clip, whole and inside self-attention.
         own_attention: inside self-attention where it is dense on our kernels.
         psnr: of the middling clip.
+        sparse_attention: inside self-attention of the middling clip; None = was not measured.
     """
 
     seconds: float
     attention: float
     own_attention: float
     psnr: float
+    sparse_attention: float | None = None
 
 
 def measure_anchor(pipe: Any, study: Study, middling: AttentionPlan, on_step: Callable[[int], None]) -> Anchor:
@@ -49,13 +54,14 @@ def measure_anchor(pipe: Any, study: Study, middling: AttentionPlan, on_step: Ca
     on_step(study.facts.steps)
     own = generate(pipe, request, AttentionPlan.uniform(Full()), backend=backend, profile=True)
     on_step(study.facts.steps)
-    sparse = generate(pipe, request, middling, backend=backend)
+    sparse = generate(pipe, request, middling, backend=backend, profile=True)
     on_step(study.facts.steps)
     anchor = Anchor(
         untouched.seconds,
         untouched.attention_seconds or 0.0,
         own.attention_seconds or 0.0,
         psnr(untouched.exact, sparse.exact) if untouched.exact.ndim == 4 else CAP,
+        sparse.attention_seconds,
     )
     if path is not None:
         write_json(path, asdict(anchor))
@@ -66,21 +72,29 @@ def measure_anchor(pipe: Any, study: Study, middling: AttentionPlan, on_step: Ca
 class Forecast:
     """Predictions; `learn` takes in what was measured.
 
+    Attention's seconds are a line in its share, from dense on our kernels through the latest sparse clip measured: what a
+    call costs however little it visits (lists, selection, small launches) does not shrink with the share.
+
     Attributes:
         points: (weighted error, PSNR) pairs known.
-        pace: seconds of sparse attention over those predicted.
+        gain: part of the dense seconds that visiting nothing would save; 1 = all of them.
         excess: density over the one predicted.
     """
 
     anchor: Anchor
     points: tuple[tuple[float, float], ...]
-    pace: float = 1.0
+    gain: float = 1.0
     excess: float = 1.0
+
+    @classmethod
+    def of(cls, anchor: Anchor, error: float, share: float) -> Forecast:
+        """The forecast before any plan is measured; `error` and `share` are those predicted of the middling clip."""
+        forecast = cls(anchor, ((error, anchor.psnr),))
+        return forecast if anchor.sparse_attention is None else forecast._timed(share, anchor.sparse_attention)
 
     def seconds(self, share: float) -> float:
         """Seconds of a clip whose attention takes `share` of the dense time."""
-        rest = max(0.0, self.anchor.seconds - self.anchor.attention)
-        return rest + self.anchor.own_attention * share * self.pace
+        return self._rest + self.anchor.own_attention * (1 - self.gain * (1 - share))
 
     def speedup(self, share: float) -> float:
         """Seconds of the untouched clip over those."""
@@ -88,8 +102,19 @@ class Forecast:
 
     def share_for(self, speedup: float) -> float:
         """The share that `speedup` needs; negative where attention alone cannot give it."""
-        rest = max(0.0, self.anchor.seconds - self.anchor.attention)
-        return (self.anchor.seconds / speedup - rest) / max(self.anchor.own_attention * self.pace, 1e-9)
+        part = (self.anchor.seconds / speedup - self._rest) / max(self.anchor.own_attention, 1e-9)
+        return 1 - (1 - part) / self.gain
+
+    @property
+    def _rest(self) -> float:
+        return max(0.0, self.anchor.seconds - self.anchor.attention)
+
+    def _timed(self, share: float, attention: float) -> Forecast:
+        """The line through a sparse clip's share and seconds in attention; a nearly dense one says too little."""
+        own = self.anchor.own_attention
+        if share > NEARLY_DENSE or own <= 0:
+            return self
+        return replace(self, gain=float(np.clip((own - attention) / (own * (1 - share)), *GAINS)))
 
     def psnr(self, error: float) -> float:
         """dB of a clip against the dense one."""
@@ -117,12 +142,10 @@ class Forecast:
 
     def learn(self, error: float, share: float, measured: dict[str, Any]) -> Forecast:
         """The forecast after a plan of that predicted error and share was measured."""
-        seconds, psnr = measured["seconds"], measured["psnr"]
-        scale = self.anchor.seconds / measured["dense_seconds"]
-        rest = max(0.0, self.anchor.seconds - self.anchor.attention)
-        spent = max(seconds * scale - rest, 0.0)
-        pace = float(np.clip(spent / max(self.anchor.own_attention * share, 1e-9), 0.5, 4.0))
-        return replace(self, points=(*self.points, (error, psnr)), pace=pace)
+        # The machine may run at another pace than when the anchor was measured: dense clips tell.
+        seconds = measured["seconds"] * self.anchor.seconds / measured["dense_seconds"]
+        known = replace(self, points=(*self.points, (error, measured["psnr"])))
+        return known._timed(share, max(seconds - self._rest, 0.0))
 
 
 def _decibels(error: float) -> float:
