@@ -2,14 +2,16 @@
 
     python benchmarks/methods.py                        # all methods at density 0.2, one clip of 10 steps each
     python benchmarks/methods.py --full                 # densities 0.1, 0.2, 0.4, four clips of 20 steps
-    python benchmarks/methods.py --size large --clips 2 --only radial block_topk      # speed at 8,448 tokens
+    python benchmarks/methods.py --full --clips 1 --steps 10 --minutes 20       # as many rows as 20 minutes allow
+    python benchmarks/methods.py --size large --clips 2 --steps 2               # speed at 8,448 tokens
     python benchmarks/methods.py --docs                 # docs/methods.md and its pictures from the results so far
 
 A row is written to benchmarks/results/methods-<size>.json as soon as it is measured; the same command goes on where it
-was stopped, and rows that are there are kept. Settings are chosen so that the blocks visited come nearest to the wanted
-density: patterns by trying theirs on the grid, selectors by bisection on q and k of a dense run; `density` is what the
-sparse calls then had. All rows share the prompts, the seeds and a schedule that leaves the first tenth of the steps
-dense, in fp32 so that PSNR is not that of rounding. Columns: PSNR and SSIM against the dense clips, the share of judged
+was stopped, and rows that are there are kept, except those of fewer clips and steps. Settings are chosen so that the
+blocks visited come nearest to the wanted density: patterns by trying theirs on the grid, selectors by bisection on q
+and k of a dense run; `density` is what the sparse calls then had. All rows share the prompts, the seeds and a schedule
+that leaves the first tenth of the steps dense (none at the large size, where a few steps show the speed and no more),
+in fp32 so that PSNR is not that of rounding. Columns: PSNR and SSIM against the dense clips, the share of judged
 features that are right, seconds of a clip, and dense seconds over these.
 """
 
@@ -20,6 +22,7 @@ import json
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,11 +67,13 @@ Row = dict[str, Any]
 #: settings of each pattern to choose from; those that do not see themselves are joined with the own frame
 PATTERNS: dict[str, list[Pattern]] = {
     "neighborhood": [Neighborhood((x, y, y)) for x in SHARES for y in SHARES],
+    "dilated": [Neighborhood((w, w, w), dilation=(1, d, d)) for w in (1, 3, 5) for d in (2, 3, 4)],
     "sliding_tile": [SlidingTile((x, y, y), (3, 4, 4)) for x in (0.2, 0.6, 1.0) for y in (0.2, 0.6, 1.0)],
     "radial": [Radial(x / 10) for x in range(1, 31)],
     "spatial": [Spatial(n) for n in range(9)],
     "temporal": [Temporal(n) for n in range(12)],
     "sink": [Spatial(0) | Sink(n) for n in range(1, 9)],
+    "sink_window": [Neighborhood((x, x, x)) | Sink(n) for x in SHARES[:12] for n in (1, 2)],
     "causal": [Causal(n) for n in range(1, 9)],
     "diagonal": [Diagonal(x) for x in SHARES],
     "multi_diagonal": [MultiDiagonal(x) for x in (0, 1, 2, 4, 8, 16, 32, 64)],
@@ -133,6 +138,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="METHOD", help=", ".join(names))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=None, help="start no row that would end later than this")
     parser.add_argument("--output", type=Path, default=None, help="JSON file of rows (default benchmarks/results/)")
     parser.add_argument("--docs", action="store_true", help="write docs/methods.md from the results and stop")
     options = parser.parse_args(arguments)
@@ -140,6 +146,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.clips = options.clips or (4 if options.full else 1)
     options.steps = options.steps or (20 if options.full else 10)
     options.output = options.output or RESULTS / f"methods-{options.size}.json"
+    if options.minutes is not None and options.minutes <= 0:
+        parser.error(f"--minutes must be above 0, got {options.minutes:g}")
     if options.clips < 1 or options.steps < 2 or not all(0 < x <= 1 for x in options.densities):
         parser.error("--clips must be at least 1, --steps at least 2, --densities above 0 and at most 1")
     return options
@@ -251,11 +259,10 @@ def judged(clips: list[Clip], prompts: list[str]) -> float:
     return statistics.mean(float(v) for v in scores.values() if v is not None)
 
 
-def measure(job: Job, method: Method, pipe: Any, requests: list[Request], dense: list[Clip]) -> Row:
+def measure(job: Job, method: Method, size: str, pipe: Any, requests: list[Request], dense: list[Clip]) -> Row:
     """Generate with one method and compare."""
-    plan = AttentionPlan.uniform(
-        method, dense_first=DENSE_FIRST, compensation=job.compensation, keep_sinks=job.keep_sinks
-    )
+    first = DENSE_FIRST if size == "native" else 0.0
+    plan = AttentionPlan.uniform(method, dense_first=first, compensation=job.compensation, keep_sinks=job.keep_sinks)
     clips = [generate(pipe, request, plan) for request in requests]
     row = score(dense, clips, [request.prompt for request in requests])
     return {
@@ -274,9 +281,20 @@ def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": {}, "dense": {}}
 
 
+def without_smaller(found: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """The results without those of fewer clips times steps than are asked for now: a table has rows of one kind."""
+
+    def enough(label: str) -> bool:
+        clips, steps = label.rpartition(", ")[2].split(" x ")
+        return int(clips) * int(steps) >= options.clips * options.steps
+
+    return found | {part: {k: v for k, v in found[part].items() if enough(k)} for part in ("rows", "dense")}
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure what is missing; the file is written after every row."""
-    found = load(options.output)
+    began = time.perf_counter()
+    found = without_smaller(load(options.output), options)
     pending = [job for job in jobs_of(options) if job.key(options) not in found["rows"]]
     if not pending:
         print(f"all {len(jobs_of(options))} rows are in {options.output}")
@@ -288,6 +306,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     shape = {"frames": size.frames, "height": size.height, "width": size.width}
     prompts = prompts_for(size, options.clips, 0.0)
     requests = [Request(p, i, options.steps, size.guidance, **shape) for i, p in enumerate(prompts)]
+    generate(pipe, replace(requests[0], steps=2))  # the first clip of a process pays for kernels and memory
     dense = [generate(pipe, request) for request in requests]
     base = statistics.median(clip.seconds for clip in dense)
     label = f"{options.clips} x {options.steps}"
@@ -298,14 +317,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     recording = Recording(pipe, replace(requests[0], steps=min(options.steps, 6)))
     grid = recording.grid
     assert grid is not None
-    for job in pending:
+    longest = 0.0
+    for number, job in enumerate(pending):
+        start = time.perf_counter()
+        if options.minutes is not None and start + longest - began > 60 * options.minutes:
+            print(f"{options.minutes:g} minutes are over, {len(pending) - number} rows are left; run it again to go on")
+            break
         method = (
             pattern_at(job.name, job.density, grid) if job.name in PATTERNS else recording.at(job.name, job.density)
         )
-        row = measure(job, method, pipe, requests, dense)
+        row = measure(job, method, options.size, pipe, requests, dense)
         row["ratio"] = base / row["seconds"]
         found["rows"][job.key(options)] = row
         write_json(options.output, found)
+        longest = max(longest, time.perf_counter() - start)
         figures = f"{row['density']:7.3f} {row['psnr']:6.2f} {row['ssim']:6.4f} {row['judge']:6.3f}"
         print(f"{job.key(options):44} {figures} {row['seconds']:6.1f} {row['ratio']:6.2f}", flush=True)
     return found
