@@ -13,6 +13,9 @@ and k of a dense run; `density` is what the sparse calls then had. All rows shar
 that leaves the first tenth of the steps dense (none at the large size, where a few steps show the speed and no more),
 in fp32 so that PSNR is not that of rounding. Columns: PSNR and SSIM against the dense clips, the share of judged
 features that are right, seconds of a clip, and dense seconds over these.
+
+`searched` is a plan of `sparsereel.search` whose sparse steps have that mean density, found on four other prompts and
+seeds. At the end every other row is set beside the best searched plan that spends no more seconds in attention.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from typing import Any
 
 import torch
 
+import sparsereel
 from sparsereel import AttentionPlan, TokenGrid, compensation, minireel, selectors
 from sparsereel.compensation import Compensation
 from sparsereel.files import write_json
@@ -99,6 +103,9 @@ SELECTORS: dict[str, Callable[[float], Selector]] = {
     "anchor": lambda x: selectors.Anchor(theta=10 * x - 4, group=1),
     "dhsa": lambda x: selectors.Dhsa(x),
 }
+SEARCHED = "searched"
+SEARCHED_DENSITIES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.55)
+RECORDED_PROMPTS = 4
 #: compensations are compared on one selector and one pattern
 COMPENSATED = ("block_topk", "spatial")
 COMPENSATIONS: tuple[Compensation, ...] = (
@@ -129,7 +136,7 @@ class Job:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line; argparse exits with 2 on wrong use."""
-    names = [*PATTERNS, *SELECTORS]
+    names = [*PATTERNS, *SELECTORS, SEARCHED]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="densities 0.1, 0.2, 0.4; four clips of 20 steps")
     parser.add_argument("--size", choices=("native", "large"), default="native")
@@ -155,12 +162,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
     """All rows that were asked for: methods, then compensations, then kept sinks."""
-    rows = [Job(name, density) for density in options.densities for name in options.only]
+    single = [name for name in options.only if name != SEARCHED]
+    rows = [Job(name, density) for density in options.densities for name in single]
     if options.size == "native":
+        if SEARCHED in options.only:
+            densities = SEARCHED_DENSITIES if options.full else options.densities
+            rows = [*(Job(SEARCHED, density) for density in densities), *rows]
         chosen = [name for name in COMPENSATED if name in options.only]
         least = min(options.densities)
         rows += [Job(name, least, method) for name in chosen for method in COMPENSATIONS]
-        rows += [Job(name, least, keep_sinks=True) for name in options.only]
+        rows += [Job(name, least, keep_sinks=True) for name in single]
     return rows
 
 
@@ -247,6 +258,7 @@ def score(dense: list[Clip], clips: list[Clip], prompts: list[str]) -> Row:
         "ssim": statistics.mean(ssim(a.exact, b.exact) for a, b in pairs),
         "judge": judged(clips, prompts),
         "seconds": statistics.median(clip.seconds for clip in clips),
+        "attention_seconds": statistics.median(clip.attention_seconds or 0.0 for clip in clips),
     }
 
 
@@ -259,21 +271,49 @@ def judged(clips: list[Clip], prompts: list[str]) -> float:
     return statistics.mean(float(v) for v in scores.values() if v is not None)
 
 
-def measure(job: Job, method: Method, size: str, pipe: Any, requests: list[Request], dense: list[Clip]) -> Row:
-    """Generate with one method and compare."""
+def plan_for(job: Job, method: Method, size: str) -> AttentionPlan:
+    """One method in all heads, after the dense first steps."""
     first = DENSE_FIRST if size == "native" else 0.0
-    plan = AttentionPlan.uniform(method, dense_first=first, compensation=job.compensation, keep_sinks=job.keep_sinks)
-    clips = [generate(pipe, request, plan) for request in requests]
+    return AttentionPlan.uniform(method, dense_first=first, compensation=job.compensation, keep_sinks=job.keep_sinks)
+
+
+def search_at(density: float, pipe: Any, options: argparse.Namespace) -> tuple[AttentionPlan, Row]:
+    """A searched plan of that density in its sparse steps, and its forecast; recorded on other prompts and seeds."""
+    prompts = prompts_for(minireel.NATIVE, options.clips + RECORDED_PROMPTS, 0.0)[options.clips :]
+    first = max(1, round(DENSE_FIRST * options.steps)) / options.steps
+    folder = Path("out/methods") / f"recording-{options.clips}-{options.steps}"
+    found = sparsereel.search(
+        pipe, prompts, budget=first + (1 - first) * density, held_out=0, seed=options.clips, steps=options.steps,
+        dense_first=DENSE_FIRST, folder=folder, progress=False,
+    )  # fmt: skip
+    return found.plan, {"predicted_seconds": found.predicted.seconds, "predicted_psnr": found.predicted.psnr}
+
+
+def measure(job: Job, plan: AttentionPlan, setting: str, pipe: Any, requests: list[Request], dense: list[Clip]) -> Row:
+    """Generate with one plan and compare."""
+    clips = [generate(pipe, request, plan, profile=True) for request in requests]
     row = score(dense, clips, [request.prompt for request in requests])
     return {
         "method": job.name,
         "target": job.density,
-        "setting": str(method),
+        "setting": setting,
         "compensation": None if job.compensation is None else str(job.compensation),
         "keep_sinks": job.keep_sinks,
         **row,
         "load_average": os.getloadavg()[0],
     }
+
+
+def margins(rows: list[Row]) -> dict[str, float]:
+    """dB that the best searched plan of no more attention seconds has over each other row, where there is one."""
+    searched = [row for row in rows if row["method"] == SEARCHED]
+    found = {}
+    for row in rows:
+        within = [s["psnr"] for s in searched if s["attention_seconds"] <= row["attention_seconds"]]
+        if row["method"] != SEARCHED and within:
+            extra = row["compensation"] or ("first frame" if row["keep_sinks"] else "")
+            found[" + ".join(filter(None, [f"{row['method']} {row['target']:g}", extra]))] = max(within) - row["psnr"]
+    return found
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -323,16 +363,30 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         if options.minutes is not None and start + longest - began > 60 * options.minutes:
             print(f"{options.minutes:g} minutes are over, {len(pending) - number} rows are left; run it again to go on")
             break
-        method = (
-            pattern_at(job.name, job.density, grid) if job.name in PATTERNS else recording.at(job.name, job.density)
-        )
-        row = measure(job, method, options.size, pipe, requests, dense)
+        forecast: Row = {}
+        if job.name == SEARCHED:
+            plan, forecast = search_at(job.density, pipe, options)
+            setting = "a pattern a head"
+        else:
+            known = job.name in PATTERNS
+            method = pattern_at(job.name, job.density, grid) if known else recording.at(job.name, job.density)
+            plan, setting = plan_for(job, method, options.size), str(method)
+        row = measure(job, plan, setting, pipe, requests, dense) | forecast
         row["ratio"] = base / row["seconds"]
         found["rows"][job.key(options)] = row
         write_json(options.output, found)
         longest = max(longest, time.perf_counter() - start)
         figures = f"{row['density']:7.3f} {row['psnr']:6.2f} {row['ssim']:6.4f} {row['judge']:6.3f}"
         print(f"{job.key(options):44} {figures} {row['seconds']:6.1f} {row['ratio']:6.2f}", flush=True)
+    found["margins"] = margins([row for key, row in found["rows"].items() if key.endswith(label)])
+    if found["margins"]:
+        least = min(found["margins"], key=found["margins"].__getitem__)
+        above = sum(margin > 0 for margin in found["margins"].values())
+        print(
+            f"searched plans of no more attention seconds are above {above} of {len(found['margins'])} rows;", end=" "
+        )
+        print(f"the least margin is {found['margins'][least]:.2f} dB, over {least}")
+    write_json(options.output, found)
     return found
 
 

@@ -72,8 +72,8 @@ def measure_anchor(pipe: Any, study: Study, middling: AttentionPlan, on_step: Ca
 class Forecast:
     """Predictions; `learn` takes in what was measured.
 
-    Attention's seconds are a line in its share, from dense on our kernels through the latest sparse clip measured: what a
-    call costs however little it visits (lists, selection, small launches) does not shrink with the share.
+    Attention's seconds are a line in its share, from dense on our kernels through the latest sparse clip measured: what
+    a call costs however little it visits (lists, selection, small launches) does not shrink with the share.
 
     Attributes:
         points: (weighted error, PSNR) pairs known.
