@@ -5,6 +5,7 @@
 | judge | pictures | 144 | in the package: convolutions of minireel's judge over each colour channel |
 | judge-motion | clips | 288 | the same; mean over frames, and mean absolute change between neighbours |
 | torchvision:NAME | pictures or clips | its own | a file named by the user |
+| videomae:SIZE | clips | 384 to 1280 | a file named by the user |
 
 The judge's features know handwritten digits: they fit minireel, not photographs. Figures of two extractors, and of
 torchvision's Inception against the original FID network, cannot be compared; every result names its extractor.
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sparsereel_eval import videomae
 from sparsereel_eval.lpips import MissingWeights
 from sparsereel_eval.readers import ClipFile, open_clip
 
@@ -58,30 +60,37 @@ def make_extractor(name: str, of: str, *, weights: str | Path | None = None, fra
     """An extractor by name.
 
     Args:
-        name: "judge" or "torchvision:NAME".
+        name: "judge", "torchvision:NAME" or "videomae:SIZE".
         of: "pictures" (FID, KID) or "clips" (FVD).
-        weights: Safetensors file of the torchvision network.
+        weights: Safetensors file of the network.
         frames: Frames taken from a clip; default 4 pictures, or what the clip network was trained on.
 
     Raises:
-        MissingWeights: a torchvision network without a file.
-        ValueError: unknown name, or a file that does not fit.
+        MissingWeights: a network without a file.
+        ValueError: unknown name, a file that does not fit, or another number of frames than VideoMAE's 16.
     """
     if name == "judge":
         if of == "clips":
             return Extractor("judge-motion", of, _JudgeFeatures().clip, frames)
         return Extractor("judge", of, _JudgeFeatures().pictures, frames or 4)
-    known = PICTURE_NETS if of == "pictures" else CLIP_NETS
-    net = name.removeprefix("torchvision:")
-    if not name.startswith("torchvision:") or net not in known:
-        allowed = ", ".join(["judge", *(f"torchvision:{each}" for each in known)])
+    nets = PICTURE_NETS if of == "pictures" else CLIP_NETS
+    known = [f"torchvision:{each}" for each in nets]
+    known += [f"videomae:{size}" for size in videomae.SIZES] if of == "clips" else []
+    if name not in known:
+        allowed = ", ".join(["judge", *known])
         raise ValueError(f"unknown features {name!r} of {of}; allowed: {allowed}")
+    if name.startswith("videomae:") and frames not in (None, videomae.FRAMES):
+        raise ValueError(f"{name} takes {videomae.FRAMES} frames of a clip, not {frames}")
     if weights is None or not Path(weights).is_file():
         raise MissingWeights(f"the features {name} need a safetensors file of the network's weights, got {weights}")
-    network, digest = _torchvision(net, Path(weights))
-    named = f"{name}@{digest[:12]}"
+    kind, net = name.split(":")
+    path = Path(weights)
+    network = _torchvision(net, path) if kind == "torchvision" else videomae.load_videomae(net, path)
+    named = f"{name}@{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
     if of == "pictures":
         return Extractor(named, of, _Pictures(network, PICTURE_NETS[net]), frames or 4)
+    if kind == "videomae":
+        return Extractor(named, of, _Clips(network, videomae.SIDE, *_IMAGENET), videomae.FRAMES)
     length, side = CLIP_NETS[net]
     return Extractor(named, of, _Clips(network, side, *_KINETICS.get(net, _KINETICS_R3D)), frames or length)
 
@@ -109,7 +118,7 @@ class _JudgeFeatures:
         return torch.stack(rows)
 
 
-def _torchvision(net: str, path: Path) -> tuple[nn.Module, str]:
+def _torchvision(net: str, path: Path) -> nn.Module:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     from torchvision import models
@@ -125,7 +134,7 @@ def _torchvision(net: str, path: Path) -> tuple[nn.Module, str]:
         if hasattr(network, head):
             keep = list(getattr(network, head).children())[:-1] if net == "convnext_tiny" else []
             setattr(network, head, nn.Sequential(*keep) if keep else nn.Identity())
-    return network.eval().requires_grad_(False), hashlib.sha256(path.read_bytes()).hexdigest()
+    return network.eval().requires_grad_(False)
 
 
 class _Pictures:

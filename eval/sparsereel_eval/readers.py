@@ -260,9 +260,11 @@ def _pixels(image: Any) -> np.ndarray:
 
 def _open_npy(path: Path) -> ClipFile:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as an npy array: {error}") from error
+        known = (("mmap length", "is cut off"), ("Python", "holds Python objects"), ("magic", "is another file"))
+        reason = next((f"it {text}" for part, text in known if part in str(error)), str(error).splitlines()[0])
+        raise ValueError(f"{path} cannot be read as an npy array of numbers: {reason}") from error
     layout = _array_layout(path, array.shape, str(array.dtype))
     frames, (height, width) = array.shape[0], _height_width(array.shape, layout)
     opener = lambda: (_array_frame(path, np.asarray(array[i]), layout) for i in range(frames))  # noqa: E731

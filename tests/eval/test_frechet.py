@@ -179,6 +179,9 @@ def test_commands(digits, tmp_path, metric, capsys):
 
 
 def test_too_few_samples_are_refused(digits, capsys):
+    one = next((digits / "a").iterdir())
+    assert run(["eval", "fvd", str(digits / "a"), str(one), "--force"]) == 2
+    assert f"{one.name} gives one clip only; fvd needs two" in " ".join(capsys.readouterr().err.split())
     assert run(["eval", "fvd", str(digits / "a"), str(digits / "b")]) == 2
     assert "--force" in capsys.readouterr().err
     assert run(["eval", "fid", str(digits / "a"), str(digits / "b"), "--features", "nice"]) == 2
@@ -246,3 +249,48 @@ def test_torchvision_networks(digits, tmp_path, of, net, length):
     save_file({"x": torch.ones(1)}, tmp_path / "bad.safetensors")
     with pytest.raises(ValueError, match="does not hold the weights"):
         make_extractor(f"torchvision:{net}", of, weights=tmp_path / "bad.safetensors")
+
+
+def test_videomae(tmp_path, monkeypatch, capsys):
+    """A classifier's published file, under the names of both major versions of transformers."""
+    from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+
+    from sparsereel_eval import videomae
+
+    monkeypatch.setitem(videomae.SIZES, "small", (32, 2, 4))
+    torch.manual_seed(0)
+    config = VideoMAEConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+    whole = VideoMAEForVideoClassification(config).eval()
+    with torch.no_grad():
+        for value in whole.parameters():
+            value.normal_(0, 0.2)
+    whole.classifier = torch.nn.Identity()
+    state = whole.state_dict() | {"classifier.weight": torch.ones(3, 32)}
+    old = {"query.bias": "q_bias", "value.bias": "v_bias"}
+    for number, names in enumerate((old, {v: k for k, v in old.items()})):
+        renamed = {}
+        for name, value in state.items():
+            part = next((each for each in names if name.endswith("." + each)), None)
+            renamed[name if part is None else name.removesuffix(part) + names[part]] = value
+        save_file(renamed, tmp_path / f"{number}.safetensors")
+        extractor = make_extractor("videomae:small", "clips", weights=tmp_path / f"{number}.safetensors")
+        assert extractor.frames == 16
+        clip = torch.rand(1, 16, 3, 224, 224)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        with torch.no_grad():
+            want = whole((clip - mean) / std).logits
+        torch.testing.assert_close(extractor.function(clip), want, atol=1e-5, rtol=1e-4)
+    # A file of pretraining has a norm on the patches instead.
+    plain = {k: v for k, v in state.items() if not k.startswith(("fc_norm", "classifier"))}
+    plain |= {f"videomae.layernorm.{part}": torch.ones(32) for part in ("weight", "bias")}
+    save_file(plain | {"decoder.x": torch.ones(1)}, tmp_path / "pre.safetensors")
+    found = make_extractor("videomae:small", "clips", weights=tmp_path / "pre.safetensors").function(clip)
+    assert found.mean() == pytest.approx(1, abs=1e-3)
+    save_file({"x": torch.ones(1)}, tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match="does not hold the weights of VideoMAE small"):
+        make_extractor("videomae:small", "clips", weights=tmp_path / "bad.safetensors")
+    folder = str(tmp_path)
+    assert run(["eval", "fvd", folder, folder, "--features", "videomae:base"]) == 4
+    assert run(["eval", "fid", folder, folder, "--features", "videomae:base"]) == 2
+    assert run(["eval", "fvd", folder, folder, "--features", "videomae:base", "--frames", "8"]) == 2
+    assert "takes 16 frames of a clip, not 8" in capsys.readouterr().err

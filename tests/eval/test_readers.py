@@ -126,8 +126,11 @@ def test_damaged_files_are_refused_by_name(tmp_path, frames):
 
 def test_pickles_are_not_opened(tmp_path):
     np.save(tmp_path / "evil.npy", np.array([print], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match=r"evil\.npy"):
+    with pytest.raises(ValueError, match=r"evil\.npy .*it holds Python objects"):
         open_clip(tmp_path / "evil.npy")
+    (tmp_path / "renamed.npy").write_bytes(b"\0\0\0\x18ftypisom")
+    with pytest.raises(ValueError, match=r"renamed\.npy .*it is another file"):
+        open_clip(tmp_path / "renamed.npy")
 
 
 @pytest.mark.parametrize(

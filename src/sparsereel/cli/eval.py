@@ -80,7 +80,7 @@ def _interval(pair: list[float] | None) -> str:
     return "-" if pair is None else f"{pair[0]:.4g} .. {pair[1]:.4g}"
 
 
-Features = Annotated[str, typer.Option(help="judge, or torchvision:NAME with --weights.")]
+Features = Annotated[str, typer.Option(help="judge; torchvision:NAME or, for fvd, videomae:SIZE, with --weights.")]
 Weights = Annotated[Path | None, typer.Option(help="Safetensors file of the network.")]
 Frames = Annotated[int | None, typer.Option(min=1, help="Frames taken from each clip.")]
 Cache = Annotated[Path | None, typer.Option(help="Folder in which features are kept for the next time.")]

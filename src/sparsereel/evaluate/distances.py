@@ -52,6 +52,9 @@ def distance(metric: str, a: Path, b: Path, settings: Settings, say: Say = lambd
     extractor = make_extractor(settings.features, METRICS[metric], weights=settings.weights, frames=settings.frames)
     sets = [_features(path, extractor, settings.cache, say) for path in (a, b)]
     fewest, length = min(len(x) for x in sets), sets[0].shape[1]
+    if fewest < 2:
+        path = (a, b)[[len(x) for x in sets].index(fewest)]
+        raise ValueError(f"{path} gives one {METRICS[metric].rstrip('s')} only; {metric} needs two or more in each set")
     result: dict[str, Any] = {
         "metric": metric,
         "features": extractor.name,
