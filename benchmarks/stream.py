@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--parts", default="memory,ratio", help="memory, ratio, quality")
     parser.add_argument("--frames", type=int, default=2000, help="latent frames of the long stream")
-    parser.add_argument("--pixels", type=int, default=minireel.NATIVE.width, help="of memory: height and width")
+    parser.add_argument("--pixels", type=int, default=64, help="of memory: height and width")
     parser.add_argument("--methods", default=",".join(METHODS), help="of quality")
     parser.add_argument("--prompts", type=int, default=4, help=f"of quality, at most {len(PROMPTS)}")
     parser.add_argument("--times", type=float, default=10, help="of quality: trained lengths to go")
