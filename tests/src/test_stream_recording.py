@@ -218,56 +218,98 @@ def test_a_failing_source_of_prompts_leaves_everything_made(streams, tmp_path):
 
 
 _SCRIPT = """
-import sys, torch
+import os, sys, torch
 torch.set_num_threads(1)
 sys.path.insert(0, {folder!r})
 import tiny_streams as streams, sparsereel
 from pathlib import Path
 from sparsereel.stream.recording import Recorder, checkpoint_of
-video = Path(sys.argv[1])
-there = checkpoint_of(video).is_file()
-stream = sparsereel.stream(
-    streams.pipe(), streams.PROMPT, causal=streams.CAUSAL, steps=2, frames=101, method="deep-forcing", window=8,
-    seed=3, resume=checkpoint_of(video) if there else None, **streams.SIZE
-)
-print("resumed" if there else "new", flush=True)
-Recorder(stream, video, every=0.0).run(lambda recorder: print("chunk", flush=True))
+
+def record(video, every):
+    there = checkpoint_of(video).is_file()
+    stream = sparsereel.stream(
+        streams.pipe(), streams.PROMPT, causal=streams.CAUSAL, steps=2, frames=69, method="deep-forcing", window=8,
+        seed=3, guidance=1.0, resume=checkpoint_of(video) if there else None, **streams.SIZE
+    )
+    print("resumed" if there else "new", os.getpid(), flush=True)
+    Recorder(stream, video, every=every).run(lambda recorder: print("chunk", flush=True))
+
+streams.pipe()
+for line in sys.stdin:
+    every, video = line.rstrip().split(" ", 1)
+    if (child := os.fork()) == 0:
+        code = 1
+        try:
+            record(Path(video), float(every))
+            code = 0
+        finally:
+            os._exit(code)
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def test_sigkill_leaves_a_playable_file_and_resume_gives_the_same(tmp_path):
-    script = textwrap.dedent(_SCRIPT).format(folder=str(Path(__file__).parent))
-    command = [sys.executable, "-c", script]
-    subprocess.run([*command, str(tmp_path / "whole.mp4")], check=True, stdout=subprocess.DEVNULL)
-    video = tmp_path / "killed.mp4"
-    process = subprocess.Popen([*command, str(video)], stdout=subprocess.PIPE, text=True)
-    for _ in range(5):
-        process.stdout.readline()
-    time.sleep(0.03)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert len(read(video)) >= 16
-    done = subprocess.run([*command, str(video)], check=True, stdout=subprocess.PIPE, text=True)
-    assert done.stdout.startswith("resumed")
-    assert video.read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+class Recordings:
+    """Recordings in processes of their own, forked from one that has imported everything."""
+
+    def __init__(self):
+        script = textwrap.dedent(_SCRIPT).format(folder=str(Path(__file__).parent))
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen([sys.executable, "-c", script], text=True, **pipes)
+
+    def begin(self, video, every=0.0) -> tuple[str, int]:
+        """Whether it is new or resumed, and its process."""
+        self.process.stdin.write(f"{every} {video}\n")
+        self.process.stdin.flush()
+        how, pid = self.process.stdout.readline().split()
+        return how, int(pid)
+
+    def wait_for(self, chunks):
+        for _ in range(chunks):
+            assert self.process.stdout.readline() == "chunk\n"
+
+    def end(self) -> int:
+        """The exit code."""
+        while not (line := self.process.stdout.readline()).startswith("ended"):
+            assert line == "chunk\n"
+        return int(line.split()[1])
 
 
-def test_ctrl_c_saves_and_says_so(tmp_path):
-    script = textwrap.dedent(_SCRIPT).format(folder=str(Path(__file__).parent)).replace("every=0.0", "every=1e9")
+@pytest.fixture(scope="module")
+def recordings():
+    found = Recordings()
+    yield found
+    found.process.stdin.close()
+    found.process.wait()
+    found.process.stdout.close()
+
+
+def test_sigkill_leaves_a_playable_file_and_resume_gives_the_same(recordings, tmp_path):
+    whole, video = tmp_path / "whole.mp4", tmp_path / "killed.mp4"
+    recordings.begin(whole)
+    assert recordings.end() == 0
+    shown = 0
+    for number, (chunks, moment) in enumerate([(3, 0.0), (1, 0.02), (2, 0.005)]):
+        how, pid = recordings.begin(video)
+        assert how == ("resumed" if number else "new")
+        recordings.wait_for(chunks)
+        time.sleep(moment)
+        os.kill(pid, signal.SIGKILL)
+        assert recordings.end() == -signal.SIGKILL
+        assert len(read(video)) >= max(16, shown)
+        shown = len(read(video))
+    assert recordings.begin(video)[0] == "resumed"
+    assert recordings.end() == 0
+    assert video.read_bytes() == whole.read_bytes()
+
+
+def test_ctrl_c_saves_and_says_so(recordings, tmp_path):
     video = tmp_path / "v.mp4"
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(video)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    for _ in range(6):
-        process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    process.communicate()
-    assert process.returncode != 0
+    _, pid = recordings.begin(video, every=1e9)
+    recordings.wait_for(4)
+    os.kill(pid, signal.SIGINT)
+    assert recordings.end() not in (0, -signal.SIGINT)
     shown = len(read(video))
-    assert shown >= 5 + 8 * 4
-    with open(video, "rb") as file:
-        assert os.fstat(file.fileno()).st_size > 0
+    assert 5 + 8 * 3 <= shown < 69
     saved = checkpoint_of(video).read_bytes()
     count = int(re.search(rb'\\"frames_made\\": (\d+)', saved).group(1))
     assert count == shown
