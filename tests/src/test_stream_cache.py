@@ -11,8 +11,9 @@ from sparsereel.extend.rope import plain_frequencies
 from sparsereel.stream.cache import CachePolicy, HeadCache, HeadGroup, KVCache
 from sparsereel.stream.eviction import Fifo, Participation, participation_keep
 from sparsereel.stream.positions import POLICIES, position_policy
-from sparsereel.stream.roles import HeadRoles
+from sparsereel.stream.roles import HeadRoles, single_heads
 from sparsereel.stream.rotary import rotate_time, time_angles
+from sparsereel_kernels import BlockMask, sparse_attention
 
 HEADS, DIM, TIME, TOKENS, CHUNK = 2, 12, 4, 3, 2
 THETA = plain_frequencies(TIME, 100.0)
@@ -246,6 +247,57 @@ def test_streaming_heads_see_sink_and_recent_only():
         for cache in (mixed, *alone):
             cache.commit(CHUNK)
     assert mixed.bytes < alone[0].bytes
+
+
+def test_short_heads_equal_block_lists_over_the_whole_cache():
+    """What a group of short heads computes is per-head lists of visible blocks over one cache for all heads."""
+    sink, window, recent = 2, 8, 4
+    groups = HeadRoles({0: (1,)}, recent).groups(0, HEADS, HeadGroup(None, sink, window))
+    mixed = KVCache(CachePolicy((groups,), CHUNK, THETA), HEADS, DIM, TOKENS)
+    whole = cache_of(window, sink)
+    seen = {}
+    whole.observer = lambda q, k, v: seen.update(q=q, k=k, v=v)
+    generator = torch.Generator().manual_seed(3)
+    for chunk in range(8):
+        q, k, v = draw(generator, CHUNK)
+        mixed.start = chunk * CHUNK
+        found = mixed.attend(0, q, k, v)
+        whole.attend(q, k, v, chunk * CHUNK)
+        frames = torch.cat([whole.frame_ids[: whole.filled], torch.arange(CHUNK * TOKENS) // TOKENS + chunk * CHUNK])
+        far = (frames >= sink) & (frames < (chunk + 1) * CHUNK - recent)
+        visible = torch.ones(1, HEADS, CHUNK * TOKENS, len(frames), dtype=torch.bool)
+        visible[:, 1, :, far] = False
+        lists = BlockMask.from_dense(visible, (CHUNK * TOKENS, TOKENS))
+        expected = sparse_attention(seen["q"], seen["k"], seen["v"], lists, backend="torch")
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+        mixed.commit(CHUNK)
+        whole.commit(CHUNK)
+    assert lists.head(1).density < lists.head(0).density == 1
+
+
+def test_every_head_may_evict_by_itself():
+    """A cache of single-head groups does for each head what a brute force with that head alone does."""
+    rule = RULES["participation"]
+    groups = single_heads((HeadGroup(None, 2, 8),), HEADS)
+    policy = CachePolicy((groups,), CHUNK, THETA, rule, position_policy("sink-realigned"))
+    cache = KVCache(policy, HEADS, DIM, TOKENS)
+    brutes = [BruteForce(8, 2, "sink-realigned", rule) for _ in range(HEADS)]
+    generator = torch.Generator().manual_seed(3)
+    for chunk in range(10):
+        cache.start = chunk * CHUNK
+        for step in range(2):
+            q, k, v = draw(generator, CHUNK)
+            found = cache.attend(0, q, k, v)
+            for head, brute in enumerate(brutes):
+                one = slice(head, head + 1)
+                expected = brute.attend(q[:, one], k[:, one], v[:, one], cache.start, fresh=step == 0)
+                torch.testing.assert_close(found[:, one], expected, atol=1e-5, rtol=1e-5)
+        cache.commit(CHUNK)
+        for head, brute in enumerate(brutes):
+            brute.commit(k[:, head : head + 1], v[:, head : head + 1], cache.start, CHUNK)
+    first, second = (group.frame_ids[: group.filled].tolist() for group in cache)
+    assert len(first) == len(second)
+    assert brutes[0].resident != brutes[1].resident  # they chose differently
 
 
 def test_roles_name_existing_heads():

@@ -114,6 +114,17 @@ def test_past_the_rotary_table_nothing_changes(streams):
     assert chunk.isfinite().all()
 
 
+def test_heads_that_choose_for_themselves(streams):
+    arguments = {"window": 8, "frames": 61, "guidance": 1.0, "output": "latents"}
+    layer, heads = (
+        latents_of(start(streams, method="deep-forcing", per_head=own, **arguments)) for own in (False, True)
+    )
+    assert torch.equal(layer[:, :8], heads[:, :8])  # nothing evicted yet
+    assert not torch.equal(layer, heads)
+    with pytest.raises(ValueError, match="evicts by age.*allowed: deep-forcing"):
+        start(streams, method="longlive", per_head=True)
+
+
 def test_guidance_of_one_keeps_one_cache(streams):
     assert len(start(streams, method="longlive", guidance=1.0).engine.denoiser.caches) == 1
 

@@ -41,6 +41,19 @@ def stream(
     window: Annotated[int | None, typer.Option(help="Latent frames in reach.")] = None,
     sink: Annotated[int | None, typer.Option(help="First latent frames kept for ever.")] = None,
     storage: Annotated[str, typer.Option(help="Cached keys and values: full, int8 or fp8.")] = "full",
+    per_head: Annotated[
+        bool, typer.Option("--per-head", help="Deep Forcing: every head chooses its own tokens.")
+    ] = False,
+    roles: Annotated[
+        Path | None, typer.Option(help="YAML file of heads that need only sink and recent frames.")
+    ] = None,
+    measure_roles: Annotated[
+        Path | None, typer.Option(help="Make no video: measure the heads' roles on PROMPT and write this YAML file.")
+    ] = None,
+    recent: Annotated[
+        int | None, typer.Option(help="Of --measure-roles: latent frames that streaming heads will see.")
+    ] = None,
+    keep_heads: Annotated[float, typer.Option(help="Of --measure-roles: share of heads that keep everything.")] = 0.25,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
@@ -66,6 +79,20 @@ def stream(
     from sparsereel.stream.recording import Recorder, checkpoint_of
 
     given = _prompts(prompt, prompts)
+    sizes: dict[str, Any] = {
+        "chunk": chunk,
+        "window": window,
+        "sink": sink,
+        "steps": steps,
+        "height": height,
+        "width": width,
+    }
+    if measure_roles is not None:
+        texts = [text for _, text in given] if isinstance(given, list) else given
+        sampling = {"guidance": guidance, "negative_prompt": negative_prompt, "method": method}
+        wanted = {"recent": recent, "keep": keep_heads}
+        _measure_roles(measure_roles, texts, _load(model, causal, dtype, device), wanted, {**sizes, **sampling})
+        return
     video = output if output is not None or live else Path("out.mp4")
     going_on = False
     if video is not None:
@@ -83,18 +110,15 @@ def stream(
         seconds=seconds,
         method=method,
         causal=traits,
-        chunk=chunk,
-        window=window,
-        sink=sink,
         storage=storage,  # type: ignore[arg-type]  # checked there
-        steps=steps,
+        head_roles=roles,
+        per_head=per_head or None,
         guidance=guidance,
         seed=seed,
         negative_prompt=negative_prompt,
-        height=height,
-        width=width,
         fps=fps,
         resume=checkpoint_of(video) if video is not None and going_on else None,
+        **sizes,
     )
     server = LiveServer(fps, port, wait_for_viewers=video is None) if live else None
     recorder = Recorder(made, video, server, every=checkpoint_every)
@@ -115,6 +139,32 @@ def stream(
     if video is not None:
         console.say(f"wrote {video}, {result['frames']} frames")
     console.emit_json(json, result)
+
+
+def _measure_roles(
+    path: Path, prompts: Any, loaded: tuple[Any, Any], wanted: dict[str, Any], arguments: dict[str, Any]
+) -> None:
+    from sparsereel.batch import check_writable
+    from sparsereel.stream.role_meter import measure_roles
+
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"--measure-roles must name a .yaml file, got {path}")
+    if not isinstance(prompts, str | list):
+        raise ValueError("--measure-roles needs a PROMPT, or --prompts with texts or a YAML file")
+    check_writable(path.parent)
+    pipe, traits = loaded
+    found = measure_roles(
+        pipe, [prompts] if isinstance(prompts, str) else prompts, causal=traits, **wanted, **arguments
+    )
+    found.save(path)
+    console.say(
+        f"mean attention on frames out of a streaming head's reach ({found.roles.recent} recent ones are seen):"
+    )
+    for layer, row in enumerate(found.scores["mass"].tolist()):
+        short = found.roles.streaming.get(layer, ())
+        cells = (f"{score:.3f}{' ' if head in short else '*'}" for head, score in enumerate(row))
+        console.say(f"layer {layer:2d}  {'  '.join(cells)}")
+    console.say(f"* keeps everything; wrote {path}")
 
 
 def _prompts(prompt: str | None, prompts: str | None) -> Any:

@@ -36,7 +36,7 @@ def stream(
     output: Literal["frames", "latents"] = "frames",
     storage: Literal["full", "int8", "fp8"] = "full",
     refresh_sink: bool = False,
-    head_roles: HeadRoles | None = None,
+    head_roles: HeadRoles | str | Path | None = None,
     prompt_tokens: int | None = None,
     resume: str | Path | None = None,
     chunk: int | None = None,
@@ -47,6 +47,7 @@ def stream(
     budget: int | None = None,
     recent: int | None = None,
     max_reuse: int | None = None,
+    per_head: bool | None = None,
     lookahead: bool | None = None,
 ) -> Stream:
     """Generate video chunk by chunk, of any length, in constant memory.
@@ -66,11 +67,13 @@ def stream(
         output: "latents" gives float32 latents (C, F, h, w), not scaled for the VAE.
         storage: of cached keys and values.
         refresh_sink: a prompt switch also renews the sink; otherwise the old scene stays an anchor.
-        head_roles: heads that need only sink and recent frames; see `sparsereel.stream.roles`.
+        head_roles: heads that need only sink and recent frames, or the path of a YAML file that says which; see
+            `sparsereel.stream.roles` and, to measure them, `sparsereel.stream.role_meter.measure_roles`.
         prompt_tokens: length that prompts are padded to; None = as the pipeline's call does.
         resume: a checkpoint that `Stream.save` wrote; the other arguments must be as they were.
         chunk, window, sink, overlap, lag, budget, recent: sizes in latent frames instead of the method's.
         max_reuse: Deep Forcing's cap on how often a token survives; 0 = none, as in the paper.
+        per_head: Deep Forcing: every head keeps middle tokens of its own choice, instead of the layer's.
         lookahead: FIFO: each frame is denoised behind cleaner ones, at twice the cost.
 
     Returns:
@@ -103,5 +106,5 @@ def stream(
         head_roles=head_roles,
         prompt_tokens=prompt_tokens,
         resume=resume,
-        sizes={**sizes, "recent": recent, "max_reuse": max_reuse, "lookahead": lookahead},
+        sizes={**sizes, "recent": recent, "max_reuse": max_reuse, "per_head": per_head, "lookahead": lookahead},
     )

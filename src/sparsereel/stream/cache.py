@@ -10,7 +10,7 @@ keys and values behind the committed ones. `commit` after a pass over the clean 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -126,6 +126,8 @@ class HeadCache:
         self.survivors = 0  # of the last compression
         self.realigned: int | None = None
         self.drafted: tuple[int, int] | None = None
+        #: is shown q, k, v of every call as they meet; see role_meter.py
+        self.observer: Callable[[Tensor, Tensor, Tensor], None] | None = None
 
     @property
     def _voters(self) -> int:
@@ -169,9 +171,10 @@ class HeadCache:
             old = time_angles(relative, theta)
             rotate_time(self.keys.read(0, self.filled), *old, out=self.rotated[:, :, : self.filled])
         rotate_time(self.keys.read(self.filled, end), cos, sin, out=self.rotated[:, :, self.filled : end])
-        return F.scaled_dot_product_attention(
-            rotate_time(q, cos, sin), self.rotated[:, :, :end], self.values.read(0, end)
-        )
+        turned, keys, values = rotate_time(q, cos, sin), self.rotated[:, :, :end], self.values.read(0, end)
+        if self.observer is not None:
+            self.observer(turned, keys, values)
+        return F.scaled_dot_product_attention(turned, keys, values)
 
     def _write(self, k: Tensor, v: Tensor, start: int) -> None:
         end = self.filled + k.shape[2]

@@ -17,7 +17,7 @@ from sparsereel.stream.latents import LatentWindow
 from sparsereel.stream.levels import Levels
 from sparsereel.stream.methods import Plan
 from sparsereel.stream.noise import NoiseSource
-from sparsereel.stream.roles import HeadRoles
+from sparsereel.stream.roles import HeadRoles, single_heads
 from sparsereel.stream.storage import Kind
 
 
@@ -93,7 +93,11 @@ class Engine:
             evicting = eviction.Participation(plan.budget, plan.recent, plan.max_reuse)
         layers = self_attention(model)
         whole = HeadGroup(None, plan.sink, plan.window)
+        if roles is not None and max(roles.streaming, default=0) >= len(layers):
+            raise ValueError(f"the model has {len(layers)} layers, so there is no layer {max(roles.streaming)}")
         groups = [(whole,) if roles is None else roles.groups(i, m.heads, whole) for i, m in enumerate(layers)]
+        if plan.per_head:
+            groups = [single_heads(found, m.heads) for found, m in zip(groups, layers, strict=True)]
         where = positions.position_policy(plan.method.positions)
         return CachePolicy(tuple(groups), plan.draft, frequencies, evicting, where, storage)
 

@@ -162,6 +162,7 @@ class Plan:
     budget: int | None = None
     recent: int | None = None
     max_reuse: int = 7
+    per_head: bool = False
     lookahead: bool = True
     #: cached models: chunks that are denoised at once
     unfinished: int = 1
@@ -178,7 +179,7 @@ def settle(
     """Sizes of a method on a model that was trained on `trained` latent frames.
 
     Args:
-        given: chunk, window, sink, overlap, lag, budget, recent, max_reuse, lookahead; None = the method's.
+        given: chunk, window, sink, overlap, lag, budget, recent, max_reuse, per_head, lookahead; None = the method's.
 
     Raises:
         ValueError: sizes that do not fit each other.
@@ -187,6 +188,9 @@ def settle(
     for name in ("chunk", "window", "sink", "overlap", "lag", "budget", "recent"):
         if name in named and (isinstance(named[name], bool) or not isinstance(named[name], int) or named[name] < 0):
             raise ValueError(f"{name} must be a whole number of latent frames, got {named[name]!r}")
+    if named.get("per_head") and method.budget is None:
+        choosing = ", ".join(found.name for found in METHODS.values() if found.budget is not None)
+        raise ValueError(f"method {method.name!r} evicts by age, so heads have nothing to choose; allowed: {choosing}")
     window = named.get("window", trained if causal is None else causal.window)
     chunk = named.get("chunk", method.chunk if causal is None else causal.chunk)
     if window < 1 or not 1 <= chunk <= window:
@@ -208,6 +212,7 @@ def settle(
         lag=lag,
         unfinished=unfinished,
         max_reuse=named.get("max_reuse", 7),
+        per_head=named.get("per_head", False),
         lookahead=named.get("lookahead", True),
     )
     if method.budget is None:

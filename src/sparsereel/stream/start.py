@@ -16,13 +16,19 @@ from sparsereel.stream.engine import Engine, latent_frames
 from sparsereel.stream.methods import CausalModel, Method, find_method, settle
 from sparsereel.stream.noise import NoiseSource
 from sparsereel.stream.prompts import Prompts
-from sparsereel.stream.roles import HeadRoles
+from sparsereel.stream.roles import HeadRoles, load_roles
 from sparsereel.stream.session import OUTPUTS, Output, Stream, fingerprint
 from sparsereel.stream.storage import KINDS, Kind
 
 #: transformers that take one timestep a token or a frame, and so can be streamed
 MODELS = ("WanTransformer3DModel", "SkyReelsV2Transformer3DModel")
 CACHED_MODELS = ("WanTransformer3DModel",)
+#: why models that were trained to go on for ever, but not with a cache like ours, are refused
+OWN_MEMORY = {
+    "AnyFlowFARTransformer3DModel": "it goes on from a cache of its own, whose older chunks are stored at a coarser "
+    "patch size, and takes two timesteps a frame",
+    "HeliosTransformer3DModel": "it is shown its history anew at three patch sizes instead of keeping a cache",
+}
 
 
 def start(
@@ -43,7 +49,7 @@ def start(
     output: Output,
     storage: Kind,
     refresh_sink: bool,
-    head_roles: HeadRoles | None,
+    head_roles: HeadRoles | str | Path | None,
     prompt_tokens: int | None,
     resume: str | Path | None,
     sizes: dict[str, Any],
@@ -58,6 +64,7 @@ def start(
         raise ValueError(f"unknown cache storage {storage!r}; allowed: {', '.join(KINDS)}")
     if not math.isfinite(fps) or fps <= 0:
         raise ValueError(f"fps must be a positive number, got {fps}")
+    roles = _roles(head_roles, model, chosen)
     total = _length(frames, seconds, fps)
     size = _size(pipe, model, height, width)
     ratio = int(pipe.vae_scale_factor_temporal)
@@ -79,7 +86,7 @@ def start(
         trained,
         storage=storage,
         refresh_sink=refresh_sink,
-        roles=head_roles,
+        roles=roles,
     )
     settings = {
         "model": fingerprint(model),
@@ -98,7 +105,7 @@ def start(
         "output": output,
         "storage": storage,
         "refresh_sink": refresh_sink,
-        "head_roles": None if head_roles is None else [sorted(head_roles.streaming.items()), head_roles.recent],
+        "head_roles": None if roles is None else [sorted(roles.streaming.items()), roles.recent],
     }
     stream = Stream(engine, decoder_for(pipe.vae), prompts, settings, frames=total, ratio=ratio, fps=fps, output=output)
     if resume is not None:
@@ -124,6 +131,15 @@ def _model(pipe: Any, method: Method) -> Any:
     name = type(model).__name__
     if model is None or not hasattr(pipe, "encode_prompt") or not hasattr(pipe, "vae"):
         raise ValueError(f"stream needs a diffusers text-to-video pipeline, got {type(pipe).__name__}")
+    if name in OWN_MEMORY:
+        raise ValueError(
+            f"{type(pipe).__name__} cannot be streamed: {OWN_MEMORY[name]}; call the pipeline itself for long videos"
+        )
+    if getattr(model.config, "num_frame_per_block", 1) > 1:
+        raise ValueError(
+            f"{name} has num_frame_per_block={model.config.num_frame_per_block}, for which diffusion-forcing masks "
+            "whole blocks inside the model; set it to 1 (diffusers' default) to stream"
+        )
     allowed = CACHED_MODELS if method.cached else MODELS
     if name not in allowed:
         raise ValueError(
@@ -143,6 +159,14 @@ def _model(pipe: Any, method: Method) -> Any:
     if find(model) is None:
         raise ValueError(f"{name} is of no known family")
     return model
+
+
+def _roles(given: HeadRoles | str | Path | None, model: Any, method: Method) -> HeadRoles | None:
+    if given is not None and not method.cached:
+        raise ValueError(f"method {method.name!r} keeps no cache, so heads have no roles in it")
+    if given is None or isinstance(given, HeadRoles):
+        return given
+    return load_roles(given, model.config.num_layers, model.config.num_attention_heads)
 
 
 def _length(frames: int | None, seconds: float | None, fps: float) -> int | None:
