@@ -251,23 +251,24 @@ def test_streaming_heads_see_sink_and_recent_only():
 
 def test_short_heads_equal_block_lists_over_the_whole_cache():
     """What a group of short heads computes is per-head lists of visible blocks over one cache for all heads."""
-    sink, window, recent = 2, 8, 4
+    sink, window, recent, tokens = 2, 8, 4, 8
     groups = HeadRoles({0: (1,)}, recent).groups(0, HEADS, HeadGroup(None, sink, window))
-    mixed = KVCache(CachePolicy((groups,), CHUNK, THETA), HEADS, DIM, TOKENS)
-    whole = cache_of(window, sink)
+    mixed = KVCache(CachePolicy((groups,), CHUNK, THETA), HEADS, DIM, tokens)
+    policy = policy_of(window, sink)
+    whole = HeadCache(policy.groups[0][0], policy, HEADS, DIM, tokens, torch.float32, torch.device("cpu"))
     seen = {}
     whole.observer = lambda q, k, v: seen.update(q=q, k=k, v=v)
     generator = torch.Generator().manual_seed(3)
     for chunk in range(8):
-        q, k, v = draw(generator, CHUNK)
+        q, k, v = (torch.randn(1, HEADS, CHUNK * tokens, DIM, generator=generator) for _ in range(3))
         mixed.start = chunk * CHUNK
         found = mixed.attend(0, q, k, v)
         whole.attend(q, k, v, chunk * CHUNK)
-        frames = torch.cat([whole.frame_ids[: whole.filled], torch.arange(CHUNK * TOKENS) // TOKENS + chunk * CHUNK])
+        frames = torch.cat([whole.frame_ids[: whole.filled], torch.arange(CHUNK * tokens) // tokens + chunk * CHUNK])
         far = (frames >= sink) & (frames < (chunk + 1) * CHUNK - recent)
-        visible = torch.ones(1, HEADS, CHUNK * TOKENS, len(frames), dtype=torch.bool)
+        visible = torch.ones(1, HEADS, CHUNK * tokens, len(frames), dtype=torch.bool)
         visible[:, 1, :, far] = False
-        lists = BlockMask.from_dense(visible, (CHUNK * TOKENS, TOKENS))
+        lists = BlockMask.from_dense(visible, (CHUNK * tokens, tokens))
         expected = sparse_attention(seen["q"], seen["k"], seen["v"], lists, backend="torch")
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
         mixed.commit(CHUNK)
