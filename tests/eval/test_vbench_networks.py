@@ -1,4 +1,4 @@
-"""AMT-S and ViCLIP: against values worked out by hand and other packages' networks, and from files."""
+"""AMT-S, ViCLIP and MUSIQ: against values worked out by hand and other packages' networks, and from files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from sparsereel.cli.main import run
 from sparsereel.evaluate.vbench import Sources, measure
-from sparsereel_eval.vbench import amt, backbones, dimensions, viclip, weights
+from sparsereel_eval.vbench import amt, backbones, dimensions, musiq, viclip, weights
 
 
 def still_network(shift=0.0):
@@ -189,6 +189,121 @@ def test_viclip_has_the_published_layout():
     }
     assert {name: tuple(state[name].shape) for name in shapes} == shapes
     assert not any(name.startswith(("vision_encoder.ln_mid", "text_encoder.logit")) for name in state)
+
+
+def filled(network):
+    """Random weights everywhere, also where the published layout starts at 0."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for value in network.parameters():
+            value.normal_(0, 0.05)
+    return network.eval()
+
+
+@torch.no_grad()
+def test_musiq_looks_at_three_sizes():
+    network = filled(musiq.Musiq(layers=1))
+    picture = torch.rand(1, 3, 70, 100)
+    seen = []
+    network.transformer_encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    rating = network(picture)
+    tokens, places, scales = seen[0]
+    # 157 x 224, 269 x 384 and 70 x 100 pixels in patches of 32.
+    assert torch.bincount(scales).tolist() == [5 * 7, 9 * 12, 3 * 4]
+    assert tokens.shape == (1, 155, 384)
+    # Three rows and four columns of ten places each.
+    assert places[-12:].tolist() == [10 * y + x for y in (0, 3, 6) for x in (0, 2, 5, 7)]
+    assert not torch.equal(network(picture.flip(3)), rating), "places count"
+    assert rating.shape == (1,)
+
+
+def test_musiq_patches_and_padding_by_hand():
+    picture = torch.arange(40.0 * 33).reshape(1, 1, 40, 33).expand(1, 3, 40, 33)
+    patches, count = musiq._patches(picture)
+    assert count == (2, 2)
+    assert patches.shape == (1, 4, 3, 32, 32)
+    # 24 zeros down are 12 above, 31 across are 15 before.
+    assert patches[0, 0, 0, 11].abs().sum() == 0
+    assert patches[0, 0, 0, 12, 14:17].tolist() == [0, 0, 1]
+    assert patches[0, 1, 0, 12, :17].tolist() == [*range(17, 33), 0]
+    convolution = musiq._Convolution(1, 1, 3, 2, bias=False)
+    with torch.no_grad():
+        found = convolution(torch.ones(1, 1, 6, 6))
+        weight = convolution.weight[0, 0]
+        weight = (weight - weight.mean()) / (weight.std() + 1e-5)
+    # Of TensorFlow's one zero over the size, none stands before and one after.
+    assert found.shape == (1, 1, 3, 3)
+    torch.testing.assert_close(found[0, 0, 0, 0], weight.sum(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[0, 0, 2, 2], weight[:2, :2].sum(), atol=1e-5, rtol=1e-5)
+
+
+def test_musiq_has_the_published_layout():
+    with torch.device("meta"):
+        state = musiq.Musiq().state_dict()
+    assert sum(value.numel() for value in state.values()) * 4 == pytest.approx(109e6, rel=0.01), "the file's size"
+    shapes = {
+        "conv_root.weight": (64, 3, 7, 7),
+        "block1.gn_proj.bias": (256,),
+        "embedding.weight": (384, 16384),
+        "transformer_encoder.cls": (1, 1, 384),
+        "transformer_encoder.posembed_input.position_emb": (1, 100, 384),
+        "transformer_encoder.scaleembed_input.scale_emb": (3, 384),
+        "transformer_encoder.transformer.encoderblock_13.attention.out.weight": (384, 384),
+        "transformer_encoder.transformer.encoderblock_0.mlp.fc1.weight": (1152, 384),
+        "head.weight": (1, 384),
+    }
+    assert {name: tuple(state[name].shape) for name in shapes} == shapes
+
+
+def test_imaging_quality_takes_the_published_file(clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights.WeightFile, "digits", property(lambda self: None))
+    whole = musiq.Musiq
+    monkeypatch.setattr(musiq, "Musiq", lambda: whole(layers=1))
+    network = filled(musiq.Musiq())
+    network.head.bias.data.fill_(60)
+    path = tmp_path / weights.MUSIQ.path
+    path.parent.mkdir(parents=True)
+    torch.save(network.state_dict(), path)
+    found = measure(clips, ["imaging_quality"], print, sources=Sources(tmp_path))["vbench_like"]["imaging_quality"]
+    frames = torch.tensor(np.load(next(clips.iterdir()))).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        assert found["score"] == pytest.approx(float(network(frames).mean()) / 100, abs=1e-5)
+
+
+def test_clip_dimensions_take_their_files(clips, tmp_path, monkeypatch):
+    """Through open_clip, with a small model in place of both CLIPs, its tensors in safetensors files."""
+    import open_clip
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+    def small(name, pretrained=None):
+        assert name.endswith("-quickgelu")
+        vision = CLIPVisionCfg(layers=1, width=64, head_width=64, patch_size=112, image_size=224)
+        return CLIP(768, vision, CLIPTextCfg(width=64, heads=1, layers=1), quick_gelu=True)
+
+    monkeypatch.setattr(open_clip, "create_model", small)
+    torch.manual_seed(0)
+    network, head = small("x-quickgelu").eval(), torch.nn.Linear(768, 1)
+    for file in (weights.CLIP_B, weights.CLIP_L, weights.AESTHETIC):
+        (tmp_path / file.path).parent.mkdir(parents=True, exist_ok=True)
+    for file in (weights.CLIP_B, weights.CLIP_L):
+        save_file(network.state_dict(), tmp_path / file.path)
+    torch.save(head.state_dict(), tmp_path / weights.AESTHETIC.path)
+    info = tmp_path / "VBench_full_info.json"
+    style = {"appearance_style": {"appearance_style": "cubist"}}
+    info.write_text(json.dumps([{"prompt_en": "a square", "dimension": list(KEYS), "auxiliary_info": style}]))
+    found = measure(clips, KEYS, print, sources=Sources(tmp_path), info=info)["vbench_like"]
+    frames = np.load(next(clips.iterdir()))
+    with torch.no_grad():
+        seen = torch.cat([network.encode_image(backbones._clip_picture(frame)) for frame in frames])
+        seen = torch.nn.functional.normalize(seen, dim=-1)
+        beauty = float(head(seen).mean()) / 10
+    after = [float((seen[i] @ seen[i - 1]).clamp(0) + (seen[i] @ seen[0]).clamp(0)) / 2 for i in range(1, 5)]
+    assert found["background_consistency"]["score"] == pytest.approx(np.mean(after), abs=1e-5)
+    assert found["aesthetic_quality"]["score"] == pytest.approx(beauty, abs=1e-5)
+    assert -1 <= found["appearance_style"]["score"] <= 1
+
+
+KEYS = ("background_consistency", "aesthetic_quality", "appearance_style")
 
 
 def test_text_consistency_by_hand():

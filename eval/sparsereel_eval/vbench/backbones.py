@@ -214,25 +214,12 @@ def load_viclip(path: Path) -> ViClip:
     return network
 
 
-def load_musiq(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    """MUSIQ (SPAQ) as pyiqa has it.
+def load_musiq(path: Path) -> nn.Module:
+    """MUSIQ (SPAQ) from IQA-PyTorch's file."""
+    from sparsereel_eval.vbench.musiq import Musiq
 
-    Raises:
-        MissingWeights: pyiqa is not installed.
-    """
-    from sparsereel_eval.lpips import MissingWeights
-
-    try:
-        import pyiqa
-    except ImportError as error:
-        raise MissingWeights(
-            "imaging_quality needs the package pyiqa, which holds MUSIQ's network: pip install pyiqa (its licence "
-            "forbids commercial use)"
-        ) from error
-    metric: Callable[[torch.Tensor], torch.Tensor] = pyiqa.create_metric(
-        "musiq-spaq", device=torch.device("cpu"), pretrained_model_path=str(path)
-    )
-    return metric
+    network: nn.Module = _filled(Musiq(), path, "MUSIQ")
+    return network
 
 
 def _filled(network: Any, path: Path, name: str) -> Any:
