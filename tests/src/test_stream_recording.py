@@ -108,6 +108,21 @@ def test_a_file_that_is_gone_is_not_resumed(tmp_path):
         GrowingMp4(mp4.path, 16, segment=8).load(numbers, pending)
 
 
+def test_killed_before_the_first_segment_it_goes_on_without_a_file(tmp_path):
+    whole = GrowingMp4(tmp_path / "whole.mp4", 16, segment=8)
+    whole.append(clip(20))
+    whole.close()
+    first = GrowingMp4(tmp_path / "v.mp4", 16, segment=8)
+    first.append(clip(20)[:5])
+    state = first.state()
+    assert not first.path.exists()
+    second = GrowingMp4(first.path, 16, segment=8)
+    second.load(*state)
+    second.append(clip(20)[5:])
+    second.close()
+    assert second.path.read_bytes() == whole.path.read_bytes()
+
+
 def test_a_full_disk_is_one_sentence_and_keeps_what_is_written(tmp_path):
     path = tmp_path / "v.mp4"
     mp4 = GrowingMp4(path, 16, segment=8)

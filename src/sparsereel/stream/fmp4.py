@@ -121,7 +121,8 @@ class GrowingMp4:
         Raises:
             ValueError: the file is missing or shorter than it was.
         """
-        size = self.path.stat().st_size if self.path.is_file() else -1
+        # Without a segment yet there was no file to leave behind.
+        size = self.path.stat().st_size if self.path.is_file() else -1 if numbers["bytes"] else 0
         if size < numbers["bytes"]:
             found = "is missing" if size < 0 else f"has {size} bytes instead of at least {numbers['bytes']}"
             raise ValueError(f"{self.path} {found}: it cannot be resumed")
