@@ -1,7 +1,7 @@
 """The `cpu` backend: block-sparse attention in C++, built once on first use.
 
 How it works (csrc/, from unit.h on). Keys and values that the mask visits are packed once a call into strips of 16 keys
-that the inner loops read in order. A query block is cut into panels of 12 rows; a panel takes 512 keys at a time:
+that the inner loops read in order. A query block is cut into panels of 12 rows; a panel takes up to 512 keys at a time:
 scores, exponentials and the weighted sum of values stay in the first-level cache, with an online softmax from run to
 run. Strips of a partial block that no row of the panel may see are skipped. Calls of few queries and many keys are cut
 along the keys too. Every sum has a fixed order, so the same input gives the same bits whatever the number of threads.

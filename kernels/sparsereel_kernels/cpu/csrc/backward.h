@@ -42,7 +42,7 @@ struct Statistics {
 template <class Op>
 INLINE float blend(const Call& call, const Backward<Op>& w, int64_t row, const Strip* strips, int64_t count,
                    const float* lse, const float* delta, bool by_column) {
-    const V scale = set1(call.modified ? 1.f : call.logit_scale);
+    const V scale = set1(pending_scale(call));
     Statistics own = {{set1(*lse), set1(*lse)}, {set1(*delta), set1(*delta)}};
     V total = zero();
     for (int64_t i = 0; i < count; i += 2) {
@@ -69,7 +69,7 @@ static void backward_panel(const Call& call, const View& view, const Backward<Op
     bool keys = call.pass == KEY_GRADIENT;
     Scoring<Op> scores = {w.first + first * call.packed[0].padded, 0, w.scores, w.peak, SCORE_ROW, w.ramps + first,
                           keys ? nullptr : bias, keys && bias ? bias + first : nullptr, w.factors};
-    score_panel<Op>(call, view, scores, call.modified ? MODIFIED : PLAIN, panel->rows, strips, padded);
+    score_panel<Op>(call, view, scores, score_mode(call), panel->rows, strips, padded);
     Scoring<Op> dots = {w.second + first * call.packed[1].padded, 1, w.dots, w.peak, SCORE_ROW, w.ramps, nullptr,
                         nullptr, nullptr};
     score_panel<Op>(call, view, dots, RAW, panel->rows, strips, padded);
@@ -103,12 +103,13 @@ static void backward_head(const Call& call, const Task& task, const Backward<Op>
         statistics += task.block * block_positions + task.row;
     }
     Strip strips[RUN + COLUMNS];
+    const int64_t run = run_length(call);
     for (int64_t i = 0; i < panels; i++) w.panels[i].at = {0, 0};
     for (bool more = true; more;) {
         more = false;
         for (int64_t i = 0; i < panels; i++) {
             Panel* p = w.panels + i;
-            int64_t n = next_strips(call, view, &p->at, task.row + p->first, p->rows, strips, RUN);
+            int64_t n = next_strips(call, view, &p->at, task.row + p->first, p->rows, strips, run);
             if (!n) continue;
             backward_panel<Op>(call, view, w, p, bias, call.lse + statistics, call.delta + statistics, strips, n);
             more = true;

@@ -4,7 +4,6 @@
 // fit the first-level cache; a run of packed keys and values fits the second and serves all panels.
 #pragma once
 
-constexpr int64_t RUN = 32;  // strips a run: 512 keys for each softmax step
 #ifdef SPARSEREEL_HAS_TILES
 constexpr int64_t PANEL_ROWS = 2 * TILE_ROWS;
 constexpr int64_t SPARE_ROWS = PANEL_ROWS;  // the last tiles of a task write past its rows
@@ -16,6 +15,14 @@ constexpr int64_t SPARE_ROWS = 0;
 // One spare vector a row keeps the rows of a panel out of one another's cache sets.
 constexpr int64_t SCORE_ROW = RUN * STRIP + STRIP;
 constexpr int64_t PAIR_ROW = RUN * STRIP + 2 * STRIP;
+
+// Strips a run. The packed columns of a run serve panel after panel, so they have to stay in the second-level cache.
+INLINE int64_t run_length(const Call& call) {
+    int64_t bytes = 0;
+    for (int64_t o = 0; o < call.operands; o++) bytes += call.packed[o].bytes;
+    int64_t fits = RUN_BYTES / bytes / 4 * 4;
+    return fits < 8 ? 8 : fits < RUN ? fits : RUN;
+}
 
 struct Panel {
     int64_t first, rows;  // rows of the task
@@ -87,8 +94,8 @@ struct Forward {
         weights = take_weights<Op>(scratch, scores);
         sums = take_sums(scratch, rows, call.packed[1].padded);
         peak = take_floats(scratch, PANEL_ROWS * STRIP);
-        fade = take_floats(scratch, PANEL_ROWS);
-        top = take_floats(scratch, rows);
+        fade = take_floats(scratch, PANEL_ROWS + STRIP);
+        top = take_floats(scratch, rows + STRIP);  // read by whole vectors
         total = take_floats(scratch, rows);
         ramps = (const float**)take(scratch, rows * (int64_t)sizeof(float*));
         panels = take_panels(scratch, rows);
@@ -117,6 +124,40 @@ INLINE void soften(const Forward<Op>& w, int64_t row, int64_t columns, float sca
     w.fade[row] = fade;
 }
 
+// The same for all rows of a panel, whose maxima are still to be found; what happens once a row is done for 16 at a time.
+template <class Op>
+static void soften_panel(const Forward<Op>& w, int64_t rows, int64_t columns, float scale, float* top, float* total) {
+    static_assert(PEAKS || PANEL_ROWS <= STRIP, "one vector holds a number for each row");
+    alignas(64) float peak[STRIP], base[STRIP];
+    for (int64_t r = 0; r < rows; r++) {
+        const float* s = w.scores + r * SCORE_ROW;
+        V most = load(s);
+        for (int64_t i = STRIP; i < columns; i += STRIP) most = maximum(most, load(s + i));
+        peak[r] = hmax(most);
+    }
+    for (int64_t r = rows; r < STRIP; r++) peak[r] = NONE;
+    const V before = load(top), now = maximum(mul(load(peak), set1(scale)), before);
+    // Rows that have seen nothing yet: their scores of -inf must not meet a base of -inf.
+    const V least = maximum(set1(-__FLT_MAX__), now);
+    store(w.fade, exp2_of<5>(sub(before, least)));
+    store(base, least);
+    for (int64_t r = 0; r < rows; r++) {
+        const float* s = w.scores + r * SCORE_ROW;
+        typename Op::Elem* p = w.weights + r * WEIGHT_ROW<Op>;
+        const V factor = set1(scale), shift = set1(-base[r]);
+        V sum = zero();
+        for (int64_t i = 0; i < columns; i += STRIP) {
+            V x = exp2_of<Op::DEGREE>(fma(load(s + i), factor, shift));
+            sum = add(sum, x);
+            store(p + i, x);
+        }
+        total[r] = total[r] * w.fade[r] + hsum(sum);
+    }
+    alignas(64) float new_top[STRIP];
+    store(new_top, now);
+    for (int64_t r = 0; r < rows; r++) top[r] = new_top[r];
+}
+
 // One run of strips for one panel.
 template <class Op>
 static void forward_panel(const Call& call, const View& view, const Forward<Op>& w, Panel* panel, const float* bias,
@@ -124,10 +165,13 @@ static void forward_panel(const Call& call, const View& view, const Forward<Op>&
     int64_t padded = pad_strips(strips, count), first = panel->first;
     Scoring<Op> scoring = {w.q + first * call.packed[0].padded, 0, w.scores, w.peak, SCORE_ROW,
                            w.ramps + first, bias, nullptr, nullptr};
-    score_panel<Op>(call, view, scoring, call.modified ? MODIFIED : PLAIN, panel->rows, strips, padded);
-    float scale = call.modified ? 1.f : call.logit_scale;
-    for (int64_t r = 0; r < panel->rows; r++)
-        soften<Op>(w, r, padded * STRIP, scale, w.top + first + r, w.total + first + r);
+    score_panel<Op>(call, view, scoring, score_mode(call), panel->rows, strips, padded);
+    if constexpr (PEAKS) {
+        for (int64_t r = 0; r < panel->rows; r++)
+            soften<Op>(w, r, padded * STRIP, pending_scale(call), w.top + first + r, w.total + first + r);
+    } else {
+        soften_panel<Op>(w, panel->rows, padded * STRIP, pending_scale(call), w.top + first, w.total + first);
+    }
     Weighing<Op> weighing = {w.weights, WEIGHT_ROW<Op>, 1, w.sums + first * call.packed[1].padded, w.fade,
                              panel->started};
     weigh_panel<Op>(call, view, weighing, panel->rows, strips, count);
@@ -207,11 +251,12 @@ static void forward_task(const Call& call, const Task& task, char* scratch) {
     }
     int64_t panels = start_panels(w.panels, task.rows, task.entry);
     Strip strips[RUN + COLUMNS];
+    const int64_t run = run_length(call);
     for (bool more = true; more;) {
         more = false;
         for (int64_t i = 0; i < panels; i++) {
             Panel* p = w.panels + i;
-            int64_t n = next_strips(call, view, &p->at, task.row + p->first, p->rows, strips, RUN);
+            int64_t n = next_strips(call, view, &p->at, task.row + p->first, p->rows, strips, run);
             if (!n) continue;
             forward_panel<Op>(call, view, w, p, bias, strips, n);
             more = true;

@@ -75,6 +75,13 @@ static void pack_strip(const Packed& p, int64_t dtype, const char* from, int64_t
             row_bytes = p.features * size;
         }
         transpose_strip(from, row_bytes, count, p.features * size, p.padded / Op::PAIR, (float*)to);
+    } else if (BLOCKED) {
+        if (count < STRIP) __builtin_memset(to, 0, (size_t)p.bytes);
+        for (int64_t t = 0; t < count; t++)
+            for (int64_t i = 0; i < p.features; i += STRIP) {
+                int64_t n = p.features - i < STRIP ? p.features - i : STRIP;
+                store((float*)to + (i + t) * STRIP, load_as(from + t * token_bytes + i * size_of(dtype), dtype, n));
+            }
     } else if (Op::PAIR == 1) {
         for (int64_t t = 0; t < count; t++)
             copy_token<Op>(from + t * token_bytes, dtype, p.features, p.padded, (Elem*)to + t * p.padded);

@@ -5,6 +5,11 @@ constexpr float NONE = -__builtin_inff();
 
 // RAW: nothing but the products. PLAIN: row maxima as well. MASKED: hidden pairs become -inf. MODIFIED: all of it.
 enum ScoreMode { RAW, PLAIN, MASKED, MODIFIED };
+constexpr bool PEAKS = true;  // score_panel leaves row maxima behind
+
+INLINE ScoreMode score_mode(const Call& call) { return call.modified ? MODIFIED : PLAIN; }
+// What scores have still to be multiplied by.
+INLINE float pending_scale(const Call& call) { return call.modified ? 1.f : call.logit_scale; }
 
 struct ScoreTile {
     const Strip* strips;  // COLUMNS of them

@@ -53,8 +53,8 @@ INLINE void multiply(V (&c)[R][N], const typename Op::Elem* a, int64_t a_row, co
 // 2^x to a relative error of 1e-7 (degree 5) or 3e-6 (degree 4, for results that are rounded to bf16 anyway).
 template <int DEGREE>
 INLINE V exp2_of(V x) {
-    x = maximum(set1(-200.f), x);  // -inf would turn into NaN below; 2^-200 is 0 all the same
-    V n = nearest(x), f = sub(x, n), p;
+    x = maximum(set1(LEAST_POWER), x);  // -inf would turn into NaN below; so small a power is 0 all the same
+    V n = nearest(x), f = sub(x, whole(n)), p;
     if (DEGREE == 5) {
         p = fma(set1(0.001326472731307149f), f, set1(0.009671512991189957f));
         p = fma(p, f, set1(0.05550733581185341f));

@@ -37,14 +37,29 @@ constexpr int ROWS = 2, COLUMNS = 1;
 #define SPARSEREEL_HAS_TILES
 #endif
 
+constexpr int64_t RUN = 32;  // strips a run at most: 512 keys for each softmax step
+// Packed columns of a run at most; processors with AVX-512 have large caches, and their runs are always whole.
+constexpr int64_t RUN_BYTES = COLUMNS == 1 ? int64_t(256) << 10 : int64_t(1) << 40;
+// Register tiles of one strip: packed values lie as such tiles read them.
+constexpr bool BLOCKED = COLUMNS == 1;
+
 #include "tile.h"
 #include "pack.h"
 #include "lists.h"
 #ifdef SPARSEREEL_HAS_TILES
 #include "tiles_amx.h"
 #endif
+#if defined(__AVX512F__)
 #include "score.h"
 #include "weigh.h"
+#else
+#if defined(__AVX2__)
+#include "products_avx2.h"
+#else
+#include "products_portable.h"
+#endif
+#include "narrow.h"
+#endif
 #include "forward.h"
 #include "backward.h"
 

@@ -31,7 +31,8 @@ struct Lists {
 struct Packed {
     SparsereelView view;
     int64_t features;
-    bool transposed;  // strips are [padded / pair, 16, pair]; else [16 / pair, padded, pair]
+    bool transposed;  // strips are [padded / pair, 16, pair]; else [16 / pair, padded, pair], or, where register tiles
+                      // are one strip wide, [padded / 16, 16, 16]: what a tile reads lies in one piece
     int64_t padded;   // features, rounded up to the unit's depth_step (transposed) or strips
     int64_t bytes;    // of one strip
     char* data;

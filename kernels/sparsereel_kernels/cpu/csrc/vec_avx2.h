@@ -33,13 +33,12 @@ static inline float hsum(V x) {
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
 }
 
-static inline __m256 lanes(uint32_t bits) {
-    __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), bit), bit));
-}
-// Lanes whose bit is set keep x, the others become fill.
+// Lanes whose bit is set keep x, the others become fill: each lane shifts its bit to the sign, which is what blends look at.
 static inline V keep(uint32_t bits, V x, V fill) {
-    return {_mm256_blendv_ps(fill.a, x.a, lanes(bits)), _mm256_blendv_ps(fill.b, x.b, lanes(bits >> 8))};
+    const __m256i all = _mm256_set1_epi32((int)bits);
+    const __m256i a = _mm256_sllv_epi32(all, _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24));
+    const __m256i b = _mm256_sllv_epi32(all, _mm256_setr_epi32(23, 22, 21, 20, 19, 18, 17, 16));
+    return {_mm256_blendv_ps(fill.a, x.a, _mm256_castsi256_ps(a)), _mm256_blendv_ps(fill.b, x.b, _mm256_castsi256_ps(b))};
 }
 static inline V where_positive(V x, V yes, V no) {
     const __m256 zeros = _mm256_setzero_ps();
@@ -54,19 +53,13 @@ static inline V lookup(const float* base, const int32_t* index) {
     return load(lanes);
 }
 
-static inline V nearest(V x) {
-    constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};
-}
-static inline __m256 power(__m256 n) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
-}
-// a * 2^n for whole numbers n in -126..127; 0 below.
-static inline V ldexp2(V x, V n) {
-    __m256 low = _mm256_set1_ps(-126.f);
-    return {_mm256_and_ps(_mm256_mul_ps(x.a, power(n.a)), _mm256_cmp_ps(n.a, low, _CMP_NLT_UQ)),
-            _mm256_and_ps(_mm256_mul_ps(x.b, power(n.b)), _mm256_cmp_ps(n.b, low, _CMP_NLT_UQ))};
-}
+// Adding 1.5 * 2^23 + 127 rounds |x| <= 127 to the nearest whole number n and leaves n + 127, the exponent of 2^n, in the
+// lowest bits. `nearest` gives that sum, `whole` n itself, and `ldexp2` a * 2^n, which is 0 for n = -127.
+constexpr float LEAST_POWER = -127.f, TO_EXPONENT = 12583039.f;
+static inline V whole(V n) { return sub(n, set1(TO_EXPONENT)); }
+static inline V nearest(V x) { return add(x, set1(TO_EXPONENT)); }
+static inline __m256 power(__m256 n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(n), 23)); }
+static inline V ldexp2(V x, V n) { return {_mm256_mul_ps(x.a, power(n.a)), _mm256_mul_ps(x.b, power(n.b))}; }
 
 static inline __m256 widen_bf16(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
 static inline __m128i narrow_bf16(__m256 f) {
@@ -104,4 +97,41 @@ static inline void store_as(void* p, int64_t dtype, int64_t n, V x) {
         _mm_storeu_si128((__m128i*)to + 1, b);
     }
     if (n < 16) memcpy(p, buffer, (size_t)n * (dtype == SPARSEREEL_FLOAT32 ? 4 : 2));
+}
+
+// to[w * 16 + t] = word w of row t, for 16 rows (those from `rows` on count as 0) of at most 16 words, of which the
+// first `bytes` / 4 exist. Eight rows and eight words at a time.
+#define SPARSEREEL_FAST_TRANSPOSE
+static inline void transpose16(const char* from, int64_t row_bytes, int64_t rows, int64_t bytes, float* to) {
+    for (int64_t word = 0; word < 16 && 4 * word < bytes; word += 8) {
+        const __m256i valid = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)(bytes / 4 - word < 8 ? bytes / 4 - word : 8)),
+                                                 _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+        for (int64_t row = 0; row < 16; row += 8) {
+            __m256 a[8], b[8];
+#pragma GCC unroll 8
+            for (int64_t i = 0; i < 8; i++)
+                a[i] = row + i < rows ? _mm256_maskload_ps((const float*)(from + (row + i) * row_bytes) + word, valid)
+                                      : _mm256_setzero_ps();
+#pragma GCC unroll 4
+            for (int i = 0; i < 8; i += 2) {
+                b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+                b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+            }
+#pragma GCC unroll 2
+            for (int i = 0; i < 8; i += 4) {
+                a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+                a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+                a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+                a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+            }
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                b[i] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x20);
+                b[i + 4] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x31);
+            }
+#pragma GCC unroll 8
+            for (int64_t i = 0; i < 8; i++)
+                if (4 * (word + i) < bytes) _mm256_storeu_ps(to + (word + i) * 16 + row, b[i]);
+        }
+    }
 }

@@ -30,6 +30,8 @@ static inline V lookup(const float* base, const int32_t* index) {
     return {_mm512_mask_i32gather_ps(_mm512_set1_ps(1.f), _mm512_cmpge_epi32_mask(i, _mm512_setzero_si512()), i, base, 4)};
 }
 
+constexpr float LEAST_POWER = -200.f;
+static inline V whole(V n) { return n; }
 static inline V nearest(V a) {
     return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }

@@ -54,6 +54,8 @@ static inline V lookup(const float* base, const int32_t* index) {
     return load(lanes);
 }
 
+constexpr float LEAST_POWER = -200.f;
+static inline V whole(V n) { return n; }
 // Adding and taking away 1.5 * 2^23 rounds |x| < 2^22 to the nearest whole number.
 static inline V nearest(V x) {
     const float magic = 12582912.f;
