@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,16 @@ people = Console(stderr=True, highlight=False)
 def say(text: str) -> None:
     """One line for people; square brackets are printed as they are."""
     people.print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that goes when it is full, on terminals only; the function takes how many are done, and of how many."""
+    from rich.progress import Progress
+
+    with Progress(console=people, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def complain(message: str, code: int = WRONG_INPUT) -> int:

@@ -37,7 +37,9 @@ def compare(
 
     thresholds = paired.parse_thresholds(threshold or [])
     measure = comparison.load_measure(lpips, lpips_weights, download=download, say=console.say)
-    result = comparison.compare_paths(reference, test, versus=versus, lpips=measure, skip=skip_bad, say=console.say)
+    more: dict[str, Any] = {"versus": versus, "lpips": measure, "skip": skip_bad, "say": console.say}
+    with console.progress("comparing") as progress:
+        result = comparison.compare_paths(reference, test, progress=progress, **more)
     if not result.pairs:
         raise ValueError("no pair of clips could be compared")
     _print_compared(result)
@@ -155,7 +157,8 @@ def store_features(
     if output.suffix != ".safetensors":
         raise ValueError(f"-o must be a file that ends in .safetensors, got {output}")
     try:
-        count = store(clips, output, metric, Settings(features, weights, frames), console.say)
+        with console.progress("clips") as progress:
+            count = store(clips, output, metric, Settings(features, weights, frames), console.say, progress)
     except MissingWeights as error:
         raise typer.Exit(console.complain(str(error), console.MISSING)) from error
     console.say(f"wrote {count} feature vectors to {output}")
@@ -182,7 +185,8 @@ def _distance(metric: str, a: Path, b: Path, json: str | None, *settings: Any, *
     from sparsereel_eval.lpips import MissingWeights
 
     try:
-        result = distance(metric, a, b, Settings(*settings, **more), console.say)
+        with console.progress("clips") as progress:
+            result = distance(metric, a, b, Settings(*settings, **more), console.say, progress)
     except MissingWeights as error:
         raise typer.Exit(console.complain(str(error), console.MISSING)) from error
     samples = " and ".join(map(str, result["samples"]))
@@ -263,8 +267,9 @@ def vbench_measure(
         _vbench_official(clips, dimensions, weights, info, output, name or "official", env, json)
         return
     sources = Sources(weights or default_folder(), download, fps)
-    places = {"info": info, "prompts": prompts, "output": output}
-    result = measure(clips, dimensions, console.say, sources=sources, name=name or "vbench_like", **places)
+    places: dict[str, Any] = {"info": info, "prompts": prompts, "output": output, "name": name or "vbench_like"}
+    with console.progress("clips") as progress:
+        result = measure(clips, dimensions, console.say, sources=sources, progress=progress, **places)
     for key, row in result["vbench_like"].items():
         console.say(f"{key} {row['score']:.4f}   interval {_interval(row['interval'])}   ({row['n']} clips)")
     console.emit_json(json, result)

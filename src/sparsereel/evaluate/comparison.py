@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sparsereel_eval.paired import PairResult
 
 Say = Callable[[str], None]
+Progress = Callable[[int, int], None]  # how many are done, of how many
 
 
 @dataclass
@@ -85,41 +86,44 @@ def compare_paths(
     lpips: Lpips | None = None,
     skip: bool = False,
     say: Say = lambda text: None,
+    progress: Progress = lambda done, total: None,
 ) -> Comparison:
     """Compare two clips, or all clips of the same name in two folders.
 
     Args:
         versus: Another tested path, compared with the reference as well; differences go to `versus_table`.
         skip: Leave out unreadable and unpaired clips, each with a line, instead of refusing.
+        progress: Called after each pair.
 
     Raises:
         ValueError: what `pair_clips` and `compare_clips` refuse.
     """
     from sparsereel_eval.paired import aggregate
 
-    result = _measure(reference, test, lpips, skip, say)
+    result = _measure(reference, test, lpips, skip, say, progress)
     if result.pairs:
         result.table = aggregate(result.pairs)
     if versus is not None:
-        other = _measure(reference, versus, lpips, skip, say)
+        other = _measure(reference, versus, lpips, skip, say, progress)
         result.versus_table = differences(result.pairs, other.pairs)
         result.skipped += other.skipped
     return result
 
 
-def _measure(reference: Path, test: Path, lpips: Lpips | None, skip: bool, say: Say) -> Comparison:
+def _measure(reference: Path, test: Path, lpips: Lpips | None, skip: bool, say: Say, progress: Progress) -> Comparison:
     from sparsereel_eval.folders import pair_clips
     from sparsereel_eval.paired import compare_clips
 
     pairs, lonely = pair_clips(reference, test, skip=skip)
     result = Comparison([], skipped=[f"{path} has no partner" for path in lonely])
-    for left, right in pairs:
+    for done, (left, right) in enumerate(pairs, start=1):
         try:
             result.pairs.append(compare_clips(left, right, lpips=lpips))
         except ValueError as error:
             if not skip:
                 raise
             result.skipped.append(str(error))
+        progress(done, len(pairs))
     for text in result.skipped:
         say(f"left out: {text}")
     return result

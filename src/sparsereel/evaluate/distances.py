@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 METRICS = {"fid": "pictures", "kid": "pictures", "fvd": "clips"}
 Say = Callable[[str], None]
+Progress = Callable[[int, int], None]  # how many are done, of how many
 _EXTRAPOLATE = 1.5  # samples a dimension
 
 
@@ -40,8 +42,17 @@ class Settings:
     seed: int = 0
 
 
-def distance(metric: str, a: Path, b: Path, settings: Settings, say: Say = lambda text: None) -> dict[str, Any]:
+def distance(
+    metric: str,
+    a: Path,
+    b: Path,
+    settings: Settings,
+    say: Say = lambda text: None,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
     """Distance of two sets, each a folder of clips, a folder of pictures, or a file of stored features.
+
+    `progress` is called after each clip of a set.
 
     Raises:
         ValueError: unreadable clips, unknown features, too few samples (without `force`).
@@ -50,7 +61,7 @@ def distance(metric: str, a: Path, b: Path, settings: Settings, say: Say = lambd
     from sparsereel_eval.frechet import kid, sample_warning
 
     extractor = make_extractor(settings.features, METRICS[metric], weights=settings.weights, frames=settings.frames)
-    sets = [_features(path, extractor, settings.cache, say) for path in (a, b)]
+    sets = [_features(path, extractor, settings.cache, say, progress) for path in (a, b)]
     fewest, length = min(len(x) for x in sets), sets[0].shape[1]
     if fewest < 2:
         path = (a, b)[[len(x) for x in sets].index(fewest)]
@@ -86,7 +97,7 @@ def _frechet(sets: list[torch.Tensor], seed: int) -> dict[str, Any]:
     return {"value": value, "extrapolated": extrapolated}
 
 
-def _features(path: Path, extractor: Extractor, cache: Path | None, say: Say) -> torch.Tensor:
+def _features(path: Path, extractor: Extractor, cache: Path | None, say: Say, progress: Progress) -> torch.Tensor:
     from sparsereel_eval.feature_files import is_feature_file, load_features, set_features
     from sparsereel_eval.folders import list_clips
     from sparsereel_eval.readers import PICTURE_SUFFIXES, natural_key
@@ -99,15 +110,23 @@ def _features(path: Path, extractor: Extractor, cache: Path | None, say: Say) ->
         found = [file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES]
         clips = sorted((f for f in found if not f.name.startswith(".")), key=lambda f: natural_key(f.name))
     say(f"{path}: features of {len(clips)} clips")
-    return set_features(clips, extractor, cache=cache)
+    done = count(1)
+    return set_features(clips, extractor, cache=cache, step=lambda: progress(next(done), len(clips)))
 
 
-def store(path: Path, output: Path, metric: str, settings: Settings, say: Say = lambda text: None) -> int:
+def store(
+    path: Path,
+    output: Path,
+    metric: str,
+    settings: Settings,
+    say: Say = lambda text: None,
+    progress: Progress = lambda done, total: None,
+) -> int:
     """Write a set's features to `output`, to stand for the set in later calls; returns how many."""
     from sparsereel_eval.feature_files import save_features
     from sparsereel_eval.features import make_extractor
 
     extractor = make_extractor(settings.features, METRICS[metric], weights=settings.weights, frames=settings.frames)
-    features = _features(path, extractor, settings.cache, say)
+    features = _features(path, extractor, settings.cache, say, progress)
     save_features(output, features, extractor)
     return len(features)

@@ -44,6 +44,7 @@ def measure(
     prompts: Path | None = None,
     output: Path | None = None,
     name: str = "vbench_like",
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Measure dimensions on a clip or a folder of clips.
 
@@ -53,6 +54,7 @@ def measure(
         info: The official VBench_full_info.json, for the official prompts; None for custom mode.
         prompts: In custom mode, a file with one prompt a clip in the clips' order; None for the JSON beside each clip.
         output: Folder for `{name}_eval_results.json` and `{name}_full_info.json` in the official layout.
+        progress: Called after each clip of a dimension with how many are done, of how many.
 
     Returns:
         "vbench_like": dimension to its summary over clips, its score and every clip's value; "left_out": dimension to
@@ -87,7 +89,7 @@ def measure(
             say(f"{key} left out: {error}")
             continue
         if jobs:
-            result["vbench_like"][key], layout[key] = _run(key, run, jobs)
+            result["vbench_like"][key], layout[key] = _run(key, run, jobs, progress)
     if output is not None:
         write_json(output / f"{name}_eval_results.json", layout)
         listed = [{"video_path": path, "dimension": key} for key, rows in layout.items() for path in _paths(rows)]
@@ -135,7 +137,9 @@ def _suite_jobs(
             yield path, text if key in _BY_PROMPT else own[text].style
 
 
-def _run(key: str, run: Measure, jobs: list[tuple[Path, str | None]]) -> tuple[dict[str, Any], list[Any]]:
+def _run(
+    key: str, run: Measure, jobs: list[tuple[Path, str | None]], progress: Callable[[int, int], None]
+) -> tuple[dict[str, Any], list[Any]]:
     from sparsereel_eval.intervals import summarise
     from sparsereel_eval.readers import open_clip
 
@@ -146,6 +150,7 @@ def _run(key: str, run: Measure, jobs: list[tuple[Path, str | None]]) -> tuple[d
             values.append(run(clip, text))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        progress(len(values), len(jobs))
         weights.append((clip.frames or sum(1 for _ in clip)) - 1 if key in _BY_FRAME else 1)
     score = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
     # The official files hold ratings of 0 to 100 for single clips, and yes or no for dynamic degree.
