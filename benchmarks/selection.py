@@ -6,7 +6,7 @@
 
 Inputs have structure: scores fall off with distance in time and place, at rates that differ by head. Settings bring
 each method near a tenth of the blocks. Three things are timed in turns, best of each: choosing (`refreshing` with
-everything new), attending to what was chosen (native bf16 kernel), and attending to a tenth of the blocks, the same for
+everything new), attending to what was chosen (native kernel), and attending to a tenth of the blocks, the same for
 all methods. `ratio` is choosing / attending in seconds on the wall. `cpu` is the same in seconds of processor time,
 which depends less on what else runs on the machine (with one thread: with more, waiting threads count too); `at 0.1` is
 choosing / attending to a tenth, in processor time too, and `every 4` what is left of it where scores are computed every
@@ -72,6 +72,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=names(), default=list(names()), help="selectors (default all)")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=5, help="timed turns of each side (default 5)")
     parser.add_argument("--json", default=None, help="path, or - for standard output; default benchmarks/results/")
@@ -82,7 +83,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def structured_qkv(grid: TokenGrid, heads: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """bf16 q, k, v [1, H, S, D] whose scores fall off with distance in time and place, at a rate of each head."""
+    """fp32 q, k, v [1, H, S, D] whose scores fall off with distance in time and place, at a rate of each head."""
     generator = torch.Generator().manual_seed(0)
     t, h, w = (axis.float() for axis in grid.coordinates())
     position = torch.stack([t, h, w], -1)
@@ -91,7 +92,7 @@ def structured_qkv(grid: TokenGrid, heads: int, head_dim: int) -> tuple[torch.Te
     waves = torch.cat([angles.cos(), angles.sin()], -1)[None]
     noise = [torch.randn(waves.shape, generator=generator) for _ in range(3)]
     q, k = (SHARPNESS * waves + 0.5 * noise[i] for i in range(2))
-    return q.bfloat16(), k.bfloat16(), noise[2].bfloat16()
+    return q, k, noise[2]
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, float]:
@@ -110,7 +111,7 @@ def best(samples: list[tuple[float, float]]) -> tuple[float, float]:
 @torch.no_grad()
 def measure(selector: Selector, grid: TokenGrid, args: argparse.Namespace) -> Row:
     """All sides of one selector, in turns."""
-    q, k, v = structured_qkv(grid, args.heads, args.head_dim)
+    q, k, v = (x.to(getattr(torch, args.dtype)) for x in structured_qkv(grid, args.heads, args.head_dim))
     context = SelectionContext(grid, BLOCK, steps=args.repeat + 2)
     tenth = BlockTopk(0.1)(q, k, context).mask
     first, _ = timed(lambda: refreshing(selector, q, k, context))
@@ -159,7 +160,7 @@ def describe(args: argparse.Namespace) -> Row:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "shape": [1, args.heads, "tokens", args.head_dim],
-        "dtype": "bfloat16",
+        "dtype": args.dtype,
         "block": list(BLOCK),
         "repeat": args.repeat,
     }
@@ -183,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     header, rows = describe(args), []
     quiet = args.json == "-"
     if not quiet:
-        shape = f"[1, {args.heads}, tokens, {args.head_dim}] bfloat16, blocks of {BLOCK[0]} x {BLOCK[1]}"
+        shape = f"[1, {args.heads}, tokens, {args.head_dim}] {args.dtype}, blocks of {BLOCK[0]} x {BLOCK[1]}"
         print(f"{header['threads']} threads of {header['device']}, torch {header['torch']}; {shape}")
         print(COLUMNS)
     try:

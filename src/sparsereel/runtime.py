@@ -1,8 +1,7 @@
 """What one sparsified model does at run time: which grid, which step, which mask, for each attention layer.
 
-Eager calls choose their mask in plain Python. Inside `torch.compile` the choice is the custom op `select_mask`, which
-runs when the graph runs (the step lives in the scheduler, out of the graph's sight) and returns the name of an
-immutable mask; so one compiled block serves every layer, step and plan.
+Which blocks a call visits is worked out in choosing.py. Eager calls ask for it in plain Python, compiled graphs through
+the ops of compiled_ops.py.
 """
 
 from __future__ import annotations
@@ -11,32 +10,29 @@ import copy
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsereel import compiled_ops as compiled_ops  # its import makes the ops known to torch
+from sparsereel.choosing import Request, choose, overhead, too_dear
 from sparsereel.compensation.cached_residual import CachedResidual, Residuals
 from sparsereel.extend.change import Where
 from sparsereel.families.base import Family, OrderSource, layout_length, named
-from sparsereel.families.diffusers_seam import blurs_queries
+from sparsereel.families.diffusers_seam import blurs_queries, is_spread
 from sparsereel.families.layout import Layout, decode, fixed
-from sparsereel.grid import Permutation
-from sparsereel.launches import Choice, Launch, run_launches
+from sparsereel.launches import Choice, run_launches
 from sparsereel.padding import bias_of, lengths_of
 from sparsereel.patterns import Full
-from sparsereel.patterns.base import Pattern
 from sparsereel.plan import AttentionPlan
 from sparsereel.plan_entries import Method
-from sparsereel.selectors import SelectionContext, Selector, refreshing
-from sparsereel.selectors.refresh import served_steps
-from sparsereel.sparse_layer import LAYERS, SparseLayer, in_backward, one_modifier
+from sparsereel.sparse_layer import SparseLayer, in_backward
 from sparsereel.step import StepInfo, StepSource, seed_of
-from sparsereel.token_order import BLOCK, MASKS, Tile, best_tile, outside_video, tile_order
-from sparsereel_kernels import dispatch, run, sparse_attention
-from sparsereel_kernels.attention import mask_name
-from sparsereel_kernels.cost import expected_share
+from sparsereel.token_order import Tile, best_tile
+from sparsereel_kernels import dispatch, run
 
 if TYPE_CHECKING:
     from sparsereel.extend.change import Change
@@ -45,14 +41,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sparsereel")
 
-#: seconds of an operation of a selector over those of dense attention, on a CPU (benchmarks/selection.py: SparseD's
-#: exact probe is half of the operations of a dense call and takes twice its time)
-SELECTING = 4.0
-
 #: reasons that are the plan's own wish: no warning
 _DENSE_STEP = "dense step of the schedule"
 _INTENDED = (_DENSE_STEP, "the plan says full", "the compensation measures its residual")
-
 
 #: sees every eager attention call: (layer, layout, step, q, k, v, key lengths, scale), tokens in the model's order
 Observer = Callable[
@@ -113,6 +104,8 @@ class ModelRuntime(OrderSource):
         self.chosen: dict[SparseLayer, Choice | None] = {}
         #: whether the family can put tokens in tile order; set when its hooks are installed
         self.orders_tokens = False
+        #: numbers of the heads that this process holds in the call in progress, under context parallelism; None = all
+        self.held_heads: range | None = None
         self._tiles: dict[Layout, Tile | None] = {}
         self._layouts: dict[Layout, set[Layout]] = {}
         self._step: StepInfo | None = None
@@ -147,7 +140,14 @@ class ModelRuntime(OrderSource):
         self.no_layout = found if isinstance(found, str) else ""
         layout = None if isinstance(found, str) else found
         self.layout = layout
-        ordered = self.orders_tokens and layout is not None and not any(map(blurs_queries, self.attentions))
+        spread = is_spread(model)
+        if spread and (self.extension is not None or self.perturbing is not None):
+            raise ValueError(
+                "extended models and perturbed heads do not go with context parallelism; generate in one process"
+            )
+        # A process that holds a part of the tokens cannot put them all in order.
+        ordered = self.orders_tokens and layout is not None and not spread
+        ordered = ordered and not any(map(blurs_queries, self.attentions))
         self.tile = self._tile_for(fixed(layout)) if ordered and layout is not None else None
         if not torch.compiler.is_compiling():
             self._step_known = False
@@ -184,6 +184,15 @@ class ModelRuntime(OrderSource):
         outer = self.call_state()
         self.layout, self.tile, self.chosen = state
         return outer
+
+    @contextmanager
+    def holding(self, heads: range) -> Iterator[None]:
+        """Calls inside the block hold these heads only, by their numbers in the model."""
+        self.held_heads = heads
+        try:
+            yield
+        finally:
+            self.held_heads = None
 
     # -------------------------------------------------------------- geometry
 
@@ -266,9 +275,8 @@ class ModelRuntime(OrderSource):
         choice = None
         if step is not None:
             asked = self._request(layer, layout, step, step.index, q, k, key_lengths, scale)
-            choice = self._choose(asked)
-            overhead = self._overhead(asked)
-            reason = "the plan says full" if choice is None else self._too_dear(choice, q, overhead)
+            choice = choose(self, asked)
+            reason = "the plan says full" if choice is None else too_dear(self, choice, q, overhead(self, asked))
             if choice is not None and not reason:
                 choice, reason = self._with_residual(asked, choice)
         elif reason == _DENSE_STEP:
@@ -305,14 +313,16 @@ class ModelRuntime(OrderSource):
         k: torch.Tensor,
         key_lengths: torch.Tensor | None,
         scale: float | None,
-    ) -> _Request:
+    ) -> Request:
         """This call at this step, doing what the plan says for step `planned`."""
         methods = layer.plan.at(planned, step.total)
+        if self.held_heads is not None:
+            methods = tuple(methods[head] for head in self.held_heads)
         counts = layer.has_selectors or (self.plan.compensation is not None and self.plan.compensation.remembers)
         branch = layer.branch_at(step) if counts else ""
-        return _Request(layer, methods, layout, step, q, k, key_lengths, scale, branch)
+        return Request(layer, methods, layout, step, q, k, key_lengths, scale, branch)
 
-    def _with_residual(self, asked: _Request, choice: Choice) -> tuple[Choice | None, str]:
+    def _with_residual(self, asked: Request, choice: Choice) -> tuple[Choice | None, str]:
         """The choice with what its compensation remembers; None and the reason where that has to be measured first."""
         method = self.plan.compensation
         if not isinstance(method, CachedResidual):
@@ -339,8 +349,8 @@ class ModelRuntime(OrderSource):
         if step.index + 1 >= step.total or schedule.dense_at(step.index + 1, step.total):
             return
         asked = self._request(layer, layout, step, step.index + 1, q, k, key_lengths, scale)
-        choice = self._choose(asked)
-        if choice is not None and not self._too_dear(choice, q, self._overhead(asked)):
+        choice = choose(self, asked)
+        if choice is not None and not too_dear(self, choice, q, overhead(self, asked)):
             self._to_measure[layer] = (asked.key, step.index, choice)
 
     def measure(self, layer: SparseLayer, q: Any, k: Any, v: Any, dense: torch.Tensor, options: dict[str, Any]) -> None:
@@ -373,88 +383,6 @@ class ModelRuntime(OrderSource):
             return None, _DENSE_STEP
         return step, ""
 
-    def _choose(self, asked: _Request) -> Choice | None:
-        """Launches for all heads; None where every head is full."""
-        static = {h: m for h, m in enumerate(asked.methods) if isinstance(m, Pattern)}
-        chosen: dict[Selector, list[int]] = {}
-        for head, method in enumerate(asked.methods):
-            if isinstance(method, Selector):
-                chosen.setdefault(method, []).append(head)
-        heads = len(asked.methods)
-        tile = self.tile_of(asked.layout)
-        order = None if tile is None else tile_order(asked.layout, tile)
-        launches: list[Launch] = []
-        if static:
-            patterns = tuple(p.for_head(asked.layer.index, head) for head, p in static.items())
-            change = self.change(asked.layer, asked.layout, asked.q.device)
-            if change is not None:
-                patterns = tuple(change.within(p) for p in patterns)
-            grid = decode(asked.layout)
-            mask = MASKS.get(patterns, grid, block=BLOCK, device=asked.q.device, layer=asked.layer.index, order=order)
-            if mask is None and not chosen:
-                return None
-            launches.append(Launch(tuple(static) if chosen else None, mask))
-        for selector, numbers in chosen.items():
-            everyone = len(numbers) == heads
-            launches.append(self._selected(asked, selector, None if everyone else tuple(numbers), order))
-        choice = Choice.of(launches, heads)
-        compensation = self.plan.compensation
-        if compensation is None:
-            return choice
-        isolated = outside_video(asked.layout, tile).to(asked.q.device)
-        return replace(choice, compensation=compensation, isolated=isolated, layer=asked.layer.index)
-
-    def _selected(
-        self, asked: _Request, selector: Selector, heads: tuple[int, ...] | None, order: Permutation | None
-    ) -> Launch:
-        q, k = asked.q, asked.k
-        if heads is not None:
-            shared = [head * k.shape[1] // q.shape[1] for head in heads]
-            q, k = q[:, list(heads)], k[:, shared]
-        context = SelectionContext(
-            grid=decode(asked.layout),
-            block=BLOCK,
-            scale=asked.scale,
-            layer=asked.layer.index,
-            step=asked.step.index,
-            steps=asked.step.total,
-            branch=asked.branch,
-            key_lengths=asked.key_lengths,
-            order=order,
-            heads=heads,
-            state=self.selections,
-        )
-        selection = refreshing(selector, q, k, context)
-        return Launch(heads, selection.mask, selection)
-
-    def _overhead(self, asked: _Request) -> float:
-        """What choosing blocks costs a call, as a share of a dense call, spread over the calls that it serves."""
-        chosen = Counter(method for method in asked.methods if isinstance(method, Selector))
-        if not chosen or self.plan.schedule.max_density >= 1:
-            return 0.0
-        grid, head_dim = decode(asked.layout), asked.q.shape[-1]
-        dense = 4.0 * grid.seq_len**2 * head_dim * len(asked.methods)
-        spent = (
-            m.cost(grid, BLOCK, heads, head_dim) / served_steps(m, asked.step.total) for m, heads in chosen.items()
-        )
-        return SELECTING * sum(spent) / dense
-
-    def _too_dear(self, choice: Choice, q: torch.Tensor, overhead: float) -> str:
-        """Why a choice is not worth running; empty where it is."""
-        limit = self.plan.schedule.max_density
-        if choice.density + overhead <= limit:
-            return ""
-        kernel = self.kernel(q, BLOCK)
-        kind: dict[str, Any] = {"device_type": q.device.type, "dtype": q.dtype, "head_dim": q.shape[-1]}
-        heads = [q.shape[1] if launch.heads is None else len(launch.heads) for launch in choice.launches]
-        shares = [expected_share(launch.mask, kernel, **kind) for launch in choice.launches]
-        share = sum(n * s for n, s in zip(heads, shares, strict=True)) / sum(heads)
-        if share + overhead <= limit:
-            return ""
-        choosing = f" and choosing blocks {overhead:.2f}" if overhead else ""
-        text = f"density {choice.density:.2f} (of tokens {choice.token_density:.2f}) costs {share:.2f}{choosing}"
-        return f"{text} of a dense call, above the plan's max_density {limit:g}"
-
     def kernel(self, q: torch.Tensor, block: tuple[int, int] | None) -> str:
         """Name of the backend that will run a call with this q (B, H, S, D)."""
         problem = run.problem_of(q, q, q, None, None, None, run.Wants())
@@ -486,114 +414,3 @@ class ModelRuntime(OrderSource):
         self._announced.add(reason)
         level = logging.DEBUG if reason in _INTENDED else logging.WARNING
         logger.log(level, "%s.%s stays dense: %s", self.component, layer, reason)
-
-
-@dataclass(frozen=True, eq=False)
-class _Request:
-    """One call of a layer at a step where it may be sparse."""
-
-    layer: SparseLayer
-    methods: tuple[Method, ...]
-    layout: Layout
-    step: StepInfo
-    q: torch.Tensor
-    k: torch.Tensor
-    key_lengths: torch.Tensor | None
-    scale: float | None
-    branch: str
-
-    @property
-    def key(self) -> Any:
-        """What residuals are kept for."""
-        return self.layer.index, self.branch, self.layout, tuple(self.q.shape)
-
-
-# ------------------------------------------------------------------ ops that run when a compiled graph runs
-#
-# No hook has said there that a new forward began: the step is looked up at every call.
-
-
-def _layer_of(slot: torch.Tensor) -> SparseLayer:
-    layer = LAYERS.get(int(slot))
-    if layer is None:
-        raise RuntimeError("a compiled graph asks for a sparse layer that no longer exists; compile the model again")
-    layer.runtime._step_known = False
-    return layer
-
-
-# It changes nothing; an op without results and effects would be dropped from the graph.
-@torch.library.custom_op("sparsereel::note_dense", mutates_args=("slot",))
-def note_dense(slot: torch.Tensor, reason: str) -> None:
-    """A call of layer `slot` was left as it was."""
-    layer = _layer_of(slot)
-    if not in_backward():
-        layer.count_dense(reason)
-
-
-@note_dense.register_fake
-def _(slot: torch.Tensor, reason: str) -> None:
-    return None
-
-
-@torch.library.custom_op("sparsereel::select_mask", mutates_args=())
-def select_mask(slot: torch.Tensor, q: torch.Tensor, k: torch.Tensor, layout: list[int]) -> torch.Tensor:
-    """Name (0-d int64, CPU) of the mask that layer `slot`, whose heads follow patterns, uses in this call."""
-    layer = _layer_of(slot)
-    choice = layer.runtime.select(layer, tuple(layout), q, k)
-    if choice is not None:
-        layer.note_backend(q, k, k, choice)
-    return mask_name(None if choice is None else choice.only_mask).clone()
-
-
-@select_mask.register_fake
-def _(slot: torch.Tensor, q: torch.Tensor, k: torch.Tensor, layout: list[int]) -> torch.Tensor:
-    return torch.empty((), dtype=torch.int64)
-
-
-@torch.library.custom_op("sparsereel::attend_layer", mutates_args=())
-def attend_layer(
-    slot: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    scale: float | None,
-    layout: list[int],
-) -> torch.Tensor:
-    """The whole attention of layer `slot`, whose selectors may move tokens. Inference only: it has no gradient."""
-    layer = _layer_of(slot)
-    runtime = layer.runtime
-    lengths, bias = runtime.key_padding(attn_mask)
-    choice = runtime.select_padded(layer, tuple(layout), q, k, lengths, scale, bias)
-    change = runtime.change(layer, tuple(layout), q.device)
-    modifier = one_modifier(bias, None if change is None else change.modifier)
-    options: dict[str, Any] = {
-        "scale": scale,
-        "key_lengths": lengths,
-        "modifier": modifier,
-        "backend": runtime.backend,
-    }
-    if choice is not None:
-        layer.note_backend(q, k, v, choice)
-    if change is not None:
-        layer.note_change(change, choice, tuple(layout), runtime.tile_of(tuple(layout)), q)
-        out = change.run(q, k, v, choice, tuple(layout), runtime.tile_of(tuple(layout)), options)
-    elif choice is None:
-        out = sparse_attention(q, k, v, None, **options)
-        runtime.measure(layer, q, k, v, out, options)
-    else:
-        out = run_launches(q, k, v, choice, **options)
-    return out.contiguous()
-
-
-@attend_layer.register_fake
-def _(
-    slot: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    scale: float | None,
-    layout: list[int],
-) -> torch.Tensor:
-    return q.new_empty(*q.shape[:3], v.shape[3])

@@ -1,5 +1,5 @@
-"""Sparse attention beside diffusers' own accelerations: block and attention caches, layerwise casting, fused LoRA,
-compiled blocks. Each is compared with the same acceleration on the model under a dense mask."""
+"""Sparse attention beside other accelerations: diffusers' block and attention caches, cache-dit, layerwise casting,
+fused LoRA, compiled blocks. Each is compared with the same acceleration on the model under a dense mask."""
 
 from __future__ import annotations
 
@@ -69,6 +69,41 @@ def test_caches(tiny, name):
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
     assert sum(row.calls for row in report) == len(masked)
     assert all(row.dense_calls == 0 for row in report)
+
+
+@pytest.mark.parametrize("cache_first", [True, False])
+def test_cache_dit(tiny, cache_first):
+    """DBCache runs the first block of every step and leaves out others where little changes."""
+    cache_dit = pytest.importorskip("cache_dit")
+    pipe, call = tiny.wan_pipe(diffusers.FlowMatchEulerDiscreteScheduler())
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1,
+        Bn_compute_blocks=0,
+        max_warmup_steps=2,
+        residual_diff_threshold=0.5,
+        num_inference_steps=STEPS,
+    )
+
+    def generate():
+        options = {**call, "num_inference_steps": STEPS, "generator": torch.Generator().manual_seed(0)}
+        return torch.as_tensor(pipe(**options).frames)
+
+    untouched = generate()
+    with tiny.dense_under(tiny.same_mask(NEAR), (GRID,)) as masked:
+        cache_dit.enable_cache(pipe, cache_config=config)
+        expected = generate()
+        cache_dit.disable_cache(pipe)
+    assert len(masked) < STEPS * 2 * 3, "the cache left nothing out"
+    actions = [lambda: cache_dit.enable_cache(pipe, cache_config=config), lambda: sparsereel.sparsify(pipe, NEAR)]
+    for act in actions if cache_first else reversed(actions):
+        act()
+    torch.testing.assert_close(generate(), expected, rtol=1e-3, atol=1e-3)
+    report = sparsereel.report(pipe)
+    assert sum(row.calls for row in report) == len(masked)
+    assert all(row.dense_calls == 0 for row in report)
+    for undo in (lambda: sparsereel.restore(pipe), lambda: cache_dit.disable_cache(pipe)):
+        undo()
+    assert torch.equal(generate(), untouched)
 
 
 def test_layerwise_casting(tiny):

@@ -29,6 +29,9 @@ class Family(ABC):
     seam: ClassVar[Literal["dispatch", "sdpa"]]
     #: class names of the processors whose call is understood; a layer with another one stays dense
     processors: ClassVar[frozenset[str]]
+    #: how diffusers' context parallelism deals out this family's tokens, as `parallel.Shards` names it: "sequence", or
+    #: "segments" where text and image are split each for itself; None = not known, such calls stay dense
+    context_parallel: ClassVar[Literal["sequence", "segments"] | None] = None
     #: name of the pipeline component that a bare model stands for
     component: ClassVar[str] = "transformer"
 

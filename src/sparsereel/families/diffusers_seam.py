@@ -18,6 +18,7 @@ import copy
 import functools
 import logging
 import threading
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -91,20 +92,57 @@ def dispatched_attention(
     if layer is None:
         # Somebody named the backend without a replaced processor: nothing is known about the call.
         return dense()
-    refuse = ACTIVE.refuse or _skipped_scores()
-    if _parallel_config is not None:
-        refuse = "context parallelism is enabled on the model"
     call = Call(
         attn_mask=attn_mask,
         dropout_p=dropout_p,
         is_causal=is_causal,
         scale=scale,
-        refuse=refuse,
+        refuse=ACTIVE.refuse or _skipped_scores(),
         dense=lambda: dense().transpose(1, 2),
         free_choice=backend is None and _default_is_native(),
     )
+    if _parallel_config is not None:
+        shared = _attend_spread(layer, query, key, value, call, _parallel_config, backend)
+        if isinstance(shared, torch.Tensor):
+            return shared
+        call = replace(call, refuse=call.refuse or shared)
     out = layer.attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), call)
     return out.transpose(1, 2)
+
+
+def _attend_spread(
+    layer: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, config: Any, backend: Any
+) -> torch.Tensor | str | None:
+    """Attention of a layer whose tokens are spread over processes; the reason where diffusers has to do it, None where
+    they are not spread."""
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    from sparsereel.parallel import injected
+
+    spread = config.context_parallel_config
+    if spread is None or spread.ring_degree * spread.ulysses_degree == 1:
+        return None
+    if spread.ring_degree > 1 and spread.ulysses_degree > 1:
+        return "ulysses and ring at once are not understood"
+    if call.refuse is not None:
+        return call.refuse
+    mode = "ring" if spread.ring_degree > 1 else "ulysses"
+    mesh = spread._ring_mesh if mode == "ring" else spread._ulysses_mesh
+    exchange = injected.Exchange(mode, mesh.get_group(), even=not (spread.ulysses_anything or spread.ring_anything))
+
+    def whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Call:
+        def dense() -> torch.Tensor:
+            return dispatch_attention_fn(q, k, v, scale=call.scale, backend=backend).transpose(1, 2)
+
+        return replace(call, dense=dense)
+
+    return injected.attend(layer, q, k, v, exchange, call, whole)
+
+
+def is_spread(model: Any) -> bool:
+    """Whether context parallelism is enabled on a model."""
+    config = getattr(model, "_parallel_config", None)
+    return config is not None and config.context_parallel_config is not None
 
 
 def _default_is_native() -> bool:

@@ -45,6 +45,7 @@ class Flux(PackedImage):
     name = "flux"
     covers = "Flux 1 dev, schnell, Kontext, Fill, control"
     classes = ("FluxTransformer2DModel",)
+    context_parallel = "segments"
     processors = frozenset({"FluxAttnProcessor"})
     parameters: ClassVar[tuple[str, ...]] = (
         *("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids"),
@@ -66,6 +67,7 @@ class Flux2(PackedImage):
     name = "flux2"
     covers = "Flux 2 (without its cache of reference images)"
     classes = ("Flux2Transformer2DModel",)
+    context_parallel = "segments"
     processors = frozenset({"Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor"})
 
 

@@ -22,6 +22,7 @@ class LTXVideo(Family):
     covers = "LTX-Video text- and image-to-video, conditions"
     classes: ClassVar[tuple[str, ...]] = ("LTXVideoTransformer3DModel",)
     seam = "dispatch"
+    context_parallel = "sequence"
     processors = frozenset({"LTXVideoAttnProcessor"})
     parameters: ClassVar[tuple[str, ...]] = (
         *("hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask"),

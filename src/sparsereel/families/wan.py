@@ -22,6 +22,7 @@ class Wan(Family):
     covers = "Wan 2.1 text- and image-to-video, Wan 2.2 (two transformers; per-token timesteps), Wan VACE"
     classes = ("WanTransformer3DModel", "WanVACETransformer3DModel")
     seam = "dispatch"
+    context_parallel = "sequence"
     processors = frozenset({"WanAttnProcessor"})
     parameters = ("hidden_states", "timestep")
 

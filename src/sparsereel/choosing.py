@@ -1,0 +1,134 @@
+"""Which blocks the heads of one call visit: patterns by masks from the cache, selectors by q and k; and whether that is
+worth it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsereel.families.layout import Layout, decode
+from sparsereel.grid import Permutation
+from sparsereel.launches import Choice, Launch
+from sparsereel.patterns.base import Pattern
+from sparsereel.plan_entries import Method
+from sparsereel.selectors import SelectionContext, Selector, refreshing
+from sparsereel.selectors.refresh import served_steps
+from sparsereel.sparse_layer import SparseLayer
+from sparsereel.step import StepInfo
+from sparsereel.token_order import BLOCK, MASKS, outside_video, tile_order
+from sparsereel_kernels.cost import expected_share
+
+if TYPE_CHECKING:
+    from sparsereel.runtime import ModelRuntime
+
+#: seconds of an operation of a selector over those of dense attention, on a CPU (benchmarks/selection.py: SparseD's
+#: exact probe is half of the operations of a dense call and takes twice its time)
+SELECTING = 4.0
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One call of a layer at a step where it may be sparse."""
+
+    layer: SparseLayer
+    methods: tuple[Method, ...]
+    layout: Layout
+    step: StepInfo
+    q: torch.Tensor
+    k: torch.Tensor
+    key_lengths: torch.Tensor | None
+    scale: float | None
+    branch: str
+
+    @property
+    def key(self) -> Any:
+        """What residuals are kept for."""
+        return self.layer.index, self.branch, self.layout, tuple(self.q.shape)
+
+
+def choose(runtime: ModelRuntime, asked: Request) -> Choice | None:
+    """Launches for all heads; None where every head is full."""
+    static = {h: m for h, m in enumerate(asked.methods) if isinstance(m, Pattern)}
+    chosen: dict[Selector, list[int]] = {}
+    for head, method in enumerate(asked.methods):
+        if isinstance(method, Selector):
+            chosen.setdefault(method, []).append(head)
+    heads = len(asked.methods)
+    tile = runtime.tile_of(asked.layout)
+    order = None if tile is None else tile_order(asked.layout, tile)
+    launches: list[Launch] = []
+    if static:
+        first = 0 if runtime.held_heads is None else runtime.held_heads.start
+        patterns = tuple(p.for_head(asked.layer.index, first + head) for head, p in static.items())
+        change = runtime.change(asked.layer, asked.layout, asked.q.device)
+        if change is not None:
+            patterns = tuple(change.within(p) for p in patterns)
+        grid = decode(asked.layout)
+        mask = MASKS.get(patterns, grid, block=BLOCK, device=asked.q.device, layer=asked.layer.index, order=order)
+        if mask is None and not chosen:
+            return None
+        launches.append(Launch(tuple(static) if chosen else None, mask))
+    for selector, numbers in chosen.items():
+        everyone = len(numbers) == heads
+        launches.append(_selected(runtime, asked, selector, None if everyone else tuple(numbers), order))
+    choice = Choice.of(launches, heads)
+    compensation = runtime.plan.compensation
+    if compensation is None:
+        return choice
+    isolated = outside_video(asked.layout, tile).to(asked.q.device)
+    return replace(choice, compensation=compensation, isolated=isolated, layer=asked.layer.index)
+
+
+def _selected(
+    runtime: ModelRuntime, asked: Request, selector: Selector, heads: tuple[int, ...] | None, order: Permutation | None
+) -> Launch:
+    q, k = asked.q, asked.k
+    if heads is not None:
+        shared = [head * k.shape[1] // q.shape[1] for head in heads]
+        q, k = q[:, list(heads)], k[:, shared]
+    context = SelectionContext(
+        grid=decode(asked.layout),
+        block=BLOCK,
+        scale=asked.scale,
+        layer=asked.layer.index,
+        step=asked.step.index,
+        steps=asked.step.total,
+        branch=asked.branch,
+        key_lengths=asked.key_lengths,
+        order=order,
+        heads=heads,
+        state=runtime.selections,
+    )
+    selection = refreshing(selector, q, k, context)
+    return Launch(heads, selection.mask, selection)
+
+
+def overhead(runtime: ModelRuntime, asked: Request) -> float:
+    """What choosing blocks costs a call, as a share of a dense call, spread over the calls that it serves."""
+    chosen = Counter(method for method in asked.methods if isinstance(method, Selector))
+    if not chosen or runtime.plan.schedule.max_density >= 1:
+        return 0.0
+    grid, head_dim = decode(asked.layout), asked.q.shape[-1]
+    dense = 4.0 * grid.seq_len**2 * head_dim * len(asked.methods)
+    spent = (m.cost(grid, BLOCK, heads, head_dim) / served_steps(m, asked.step.total) for m, heads in chosen.items())
+    return SELECTING * sum(spent) / dense
+
+
+def too_dear(runtime: ModelRuntime, choice: Choice, q: torch.Tensor, overhead: float) -> str:
+    """Why a choice is not worth running; empty where it is."""
+    limit = runtime.plan.schedule.max_density
+    if choice.density + overhead <= limit:
+        return ""
+    kernel = runtime.kernel(q, BLOCK)
+    kind: dict[str, Any] = {"device_type": q.device.type, "dtype": q.dtype, "head_dim": q.shape[-1]}
+    heads = [q.shape[1] if launch.heads is None else len(launch.heads) for launch in choice.launches]
+    shares = [expected_share(launch.mask, kernel, **kind) for launch in choice.launches]
+    share = sum(n * s for n, s in zip(heads, shares, strict=True)) / sum(heads)
+    if share + overhead <= limit:
+        return ""
+    choosing = f" and choosing blocks {overhead:.2f}" if overhead else ""
+    text = f"density {choice.density:.2f} (of tokens {choice.token_density:.2f}) costs {share:.2f}{choosing}"
+    return f"{text} of a dense call, above the plan's max_density {limit:g}"
