@@ -100,7 +100,7 @@ SELECTORS: dict[str, Callable[[float], Selector]] = {
     "adaspa": lambda x: selectors.Adaspa(x),
     "hip": lambda x: selectors.Hip(x, window=64),
     "biformer": lambda x: selectors.Biformer(x, region=64),
-    "anchor": lambda x: selectors.Anchor(theta=10 * x - 4, group=1),
+    "anchor": lambda x: selectors.Anchor(theta=max(0.0, 10 * x - 4), group=1),
     "dhsa": lambda x: selectors.Dhsa(x),
 }
 SEARCHED = "searched"
