@@ -6,7 +6,8 @@
 
 * memory: a stream of 100 and one of `--frames` latent frames, each in a process of its own: peak resident memory and
   the seconds of every chunk, with a straight line fitted through them, and the same before and after 1,024 latent
-  frames, where diffusers' rotary table ends.
+  frames, where diffusers' rotary table ends. A machine that slows down while the stream runs would look like a stream
+  that does: so the long stream then goes on in turns with one that has just begun, chunk by chunk.
 * ratio: the same chunks at the native size with a cache, and with the window recomputed in every pass.
 * quality: minireel-causal, judged second by second; see stream_quality.py.
 
@@ -21,6 +22,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,6 +40,8 @@ from sparsereel.stream.vitals import memory, peak_memory
 
 TABLE_END = 1024  # latent frames in diffusers' rotary table
 WARM_UP = 5  # chunks until the window is full
+SHORT_RUNS = 3  # of 100 latent frames
+TURNS = 60  # chunks of the old stream and of the new one
 
 
 def main() -> None:
@@ -74,14 +79,11 @@ def main() -> None:
 
 
 def memory_part(given: argparse.Namespace) -> dict[str, Any]:
-    runs = {}
-    for frames in (100, given.frames):
-        print(f"{frames} latent frames:", file=sys.stderr, flush=True)
-        command = [sys.executable, __file__, "--child", str(frames), "--threads", str(given.threads)]
-        command += ["--pixels", str(given.pixels)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        runs[str(frames)] = json.loads(done.stdout.splitlines()[-1])
-    short, long = runs["100"], runs[str(given.frames)]
+    shorts = [in_a_process(100, given) for _ in range(SHORT_RUNS)]
+    # The same run's peak differs by a few percent from process to process, with the heap's layout.
+    short = sorted(shorts, key=lambda run: run["peak"])[SHORT_RUNS // 2]
+    long = in_a_process(given.frames, given)
+    runs = {"100": short, str(given.frames): long}
     seconds = np.array(long["chunk_seconds"][WARM_UP:])
     # The medians of ten chunks each: one that waited for another program would bend the line.
     tens = np.median(seconds[: len(seconds) // 10 * 10].reshape(-1, 10), axis=1)
@@ -89,6 +91,7 @@ def memory_part(given: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {
         "pixels": given.pixels,
         "runs": runs,
+        "short_peaks": [run["peak"] for run in shorts],
         "peak_ratio": long["peak"] / short["peak"],
         "grown_ratio": (long["peak"] - long["loaded"]) / (short["peak"] - short["loaded"]),
         "slope_seconds_a_chunk": slope,
@@ -98,11 +101,21 @@ def memory_part(given: argparse.Namespace) -> dict[str, Any]:
     for name, run in (("100", short), (str(given.frames), long)):
         above = (run["peak"] - run["loaded"]) / 2**20
         print(f"{name} latent frames: peak {run['peak'] / 2**20:.1f} MiB, {above:.1f} above the loaded pipeline")
-    print(f"ratio of the peaks {result['peak_ratio']:.4f}")
+    peaks = ", ".join(f"{peak / 2**20:.0f}" for peak in sorted(result["short_peaks"]))
+    print(
+        f"ratio of the peaks {result['peak_ratio']:.4f} (100 latent frames {SHORT_RUNS} times: {peaks} MiB; the middle)"
+    )
     print(
         f"slope {1e6 * slope:.1f} +- {1e6 * result['slope_error']:.1f} us a chunk of "
         f"{1e3 * float(np.median(seconds)):.1f} ms; over the whole run {100 * result['growth_over_the_run']:+.2f}%"
     )
+    if "turns" in long:
+        result["old_to_new"] = old_to_new(long["turns"])
+        low, middle, high = result["old_to_new"]
+        print(
+            f"in turns, after {frames_of(long)} latent frames / just begun: {middle:.3f} of the time a chunk "
+            f"(95 % of resampled runs: {low:.3f} to {high:.3f})"
+        )
     edge = TABLE_END // 3
     if len(long["chunk_seconds"]) > edge + WARM_UP:
         halves = {"before": slice(WARM_UP, edge), "after": slice(edge + 1, None)}
@@ -117,22 +130,48 @@ def memory_part(given: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def in_a_process(frames: int, given: argparse.Namespace) -> dict[str, Any]:
+    print(f"{frames} latent frames:", file=sys.stderr, flush=True)
+    command = [sys.executable, __file__, "--child", str(frames), "--threads", str(given.threads)]
+    command += ["--pixels", str(given.pixels)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def frames_of(run: dict[str, Any]) -> int:
+    return 3 * len(run["chunk_seconds"])
+
+
+def old_to_new(turns: dict[str, list[float]]) -> tuple[float, float, float]:
+    """2.5 %, median and 97.5 % of the ratio of the medians over resampled turns."""
+    old, new = np.array(turns["old"]), np.array(turns["new"])
+    picks = np.random.default_rng(0).integers(0, len(old), (2000, len(old)))
+    ratios = np.median(old[picks], axis=1) / np.median(new[picks], axis=1)
+    low, middle, high = np.quantile(ratios, (0.025, 0.5, 0.975))
+    return float(low), float(middle), float(high)
+
+
 def one_stream(frames: int, pixels: int) -> dict[str, Any]:
     """A stream of so many latent frames, decoded; frames are thrown away."""
     pipe = minireel.load_causal()
-    stream = sparsereel.stream(
-        pipe,
-        PROMPTS[0],
-        frames=4 * frames - 3,
-        height=pixels,
-        width=pixels,
-        steps=2,
-        guidance=1.0,
-        method="streaming-llm",
-    )
+
+    def begin() -> Iterator[Any]:
+        return iter(
+            sparsereel.stream(
+                pipe,
+                PROMPTS[0],
+                height=pixels,
+                width=pixels,
+                steps=2,
+                guidance=1.0,
+                method="streaming-llm",
+            )
+        )
+
+    stream = begin()
     found: dict[str, Any] = {"loaded": memory(), "chunk_seconds": [], "resident": [], "mean": [], "deviation": []}
     begun = before = time.perf_counter()
-    for number, made in enumerate(stream, start=1):
+    for number, made in enumerate(islice(stream, frames // pipe.chunk_frames), start=1):
         now = time.perf_counter()
         found["chunk_seconds"].append(now - before)
         found["resident"].append(memory())
@@ -143,7 +182,18 @@ def one_stream(frames: int, pixels: int) -> dict[str, Any]:
             state = f"{pipe.chunk_frames * number} of {frames} latent frames, {memory() / 2**20:.0f} MiB"
             print(f"  {state}, {left:.0f} s left", file=sys.stderr, flush=True)
         before = time.perf_counter()
-    return {"peak": peak_memory(), **found}
+    found["peak"] = peak_memory()
+    if frames > TABLE_END:
+        streams, turns = {"old": stream, "new": begin()}, {"old": [], "new": []}
+        for _ in range(WARM_UP):
+            next(streams["new"])
+        for _ in range(TURNS):
+            for name, one in streams.items():
+                before = time.perf_counter()
+                next(one)
+                turns[name].append(time.perf_counter() - before)
+        found["turns"] = turns
+    return found
 
 
 def plot(found: dict[str, Any], path: Path) -> None:

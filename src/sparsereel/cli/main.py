@@ -19,6 +19,7 @@ from sparsereel.cli.models import models
 from sparsereel.cli.search import search
 from sparsereel.cli.stream import stream
 from sparsereel.cli.tune import tune
+from sparsereel.heap import keep_freed_memory
 
 app = typer.Typer(
     name="sparsereel",
@@ -62,6 +63,7 @@ def _root(
 
 def main() -> None:
     """Entry point of the `sparsereel` command."""
+    keep_freed_memory()
     sys.exit(run(sys.argv[1:]))
 
 
