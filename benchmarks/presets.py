@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from sparsereel import TokenGrid, presets
+from sparsereel.inspection import ORDERED
 from sparsereel.patterns import Full, Pattern
 from sparsereel.plan_entries import Method
 from sparsereel.selectors import Selector
-from sparsereel.token_order import BLOCK, MASKS, best_tile
+from sparsereel.token_order import BLOCK, CALL_SAVING, MASKS, best_tile
 
 DOCS = Path(__file__).parents[1] / "docs" / "presets.md"
-#: families whose tokens `sparsify` puts in tile order
-ORDERED = ("wan",)
 #: the argument that is a selector's density, and whether it is only the least
 BUDGETS = {
     "block_topk": ("density", False),
@@ -51,8 +50,7 @@ over dense attention, with the dense steps and layers that the setting asks for;
 for the speed-up of attention alone. Claims are the papers', on their GPUs, some with other techniques on top. Made by
 `python benchmarks/presets.py`.
 
-Only Wan's tokens are put in tile order so far. In HunyuanVideo and FLUX the windows of `gna` and `sliding-tile`
-therefore touch more blocks (0.30 and 0.25) than they would with tiles side by side (0.09 to 0.15).
+Densities are those in the order of tokens that `sparsify` chooses: tiles side by side where that saves blocks.
 """
 
 
@@ -61,7 +59,7 @@ def density_of(method: Method, grid: TokenGrid, family: str) -> tuple[float | No
     if isinstance(method, Full):
         return 1.0, False
     if isinstance(method, Pattern):
-        tile = best_tile({method: 1}, grid) if family in ORDERED else None
+        tile = best_tile({method: 1}, grid, saving=0.0 if family in ORDERED else CALL_SAVING)
         order = None if tile is None else grid.tile_order(tile)
         mask = MASKS.get((method,), grid, block=BLOCK, order=order)
         return (1.0 if mask is None else mask.density), False

@@ -57,13 +57,18 @@ def choose(runtime: ModelRuntime, asked: Request) -> Choice | None:
         if isinstance(method, Selector):
             chosen.setdefault(method, []).append(head)
     heads = len(asked.methods)
+    change = runtime.change(asked.layer, asked.layout, asked.q.device) if static else None
     tile = runtime.tile_of(asked.layout)
+    moves = tile is None and (change is None or change.mixer is None)
+    if moves:
+        tile = runtime.call_tile(asked.layout, padded=asked.key_lengths is not None)
     order = None if tile is None else tile_order(asked.layout, tile)
+    if moves and order is not None and chosen:
+        asked = replace(asked, q=order.apply(asked.q, 2), k=order.apply(asked.k, 2))
     launches: list[Launch] = []
     if static:
         first = 0 if runtime.held_heads is None else runtime.held_heads.start
         patterns = tuple(p.for_head(asked.layer.index, first + head) for head, p in static.items())
-        change = runtime.change(asked.layer, asked.layout, asked.q.device)
         if change is not None:
             patterns = tuple(change.within(p) for p in patterns)
         grid = decode(asked.layout)
@@ -74,7 +79,7 @@ def choose(runtime: ModelRuntime, asked: Request) -> Choice | None:
     for selector, numbers in chosen.items():
         everyone = len(numbers) == heads
         launches.append(_selected(runtime, asked, selector, None if everyone else tuple(numbers), order))
-    choice = Choice.of(launches, heads)
+    choice = replace(Choice.of(launches, heads), order=order if moves else None)
     compensation = runtime.plan.compensation
     if compensation is None:
         return choice

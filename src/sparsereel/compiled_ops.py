@@ -41,7 +41,10 @@ def _(slot: torch.Tensor, reason: str) -> None:
 
 @torch.library.custom_op("sparsereel::select_mask", mutates_args=())
 def select_mask(slot: torch.Tensor, q: torch.Tensor, k: torch.Tensor, layout: list[int]) -> torch.Tensor:
-    """Name (0-d int64, CPU) of the mask that layer `slot`, whose heads follow patterns, uses in this call."""
+    """Name (0-d int64, CPU) of the mask that layer `slot`, whose heads follow patterns, uses in this call.
+
+    Its tokens are in the runtime's `call_tile`, which the graph puts them in.
+    """
     layer = _layer_of(slot)
     choice = layer.runtime.select(layer, tuple(layout), q, k)
     if choice is not None:

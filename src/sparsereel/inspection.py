@@ -19,10 +19,13 @@ from sparsereel.files import replacing
 from sparsereel.grid import Permutation, TokenGrid
 from sparsereel.patterns import Full, Pattern
 from sparsereel.plan import AttentionPlan, LayerPlan
-from sparsereel.token_order import BLOCK, MASKS, best_tile
+from sparsereel.token_order import BLOCK, CALL_SAVING, MASKS, best_tile
 from sparsereel_kernels import BlockMask, dispatch
 from sparsereel_kernels.cost import expected_share
 from sparsereel_kernels.problem import Problem
+
+#: families whose tokens are put in order once a forward
+ORDERED = ("wan",)
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,8 @@ def inspect_plan(plan: AttentionPlan, grid: TokenGrid, model: Architecture, *, s
     elif any(layer.has_selectors for layer in layers):
         note = "selectors choose at run time: layers that hold any are counted as dense here"
     used = Counter(p for layer in layers for head in layer.heads for _, p in head if not isinstance(p, Full))
-    tile = best_tile(used, grid) if used and not short and model.family == "wan" else None
+    saving = 0.0 if model.family in ORDERED else CALL_SAVING
+    tile = best_tile(used, grid, saving=saving) if used and not short else None
     order = None if tile is None else grid.tile_order(tile)
     groups: list[HeadGroup] = []
     full = 4.0 * grid.seq_len**2 * model.head_dim

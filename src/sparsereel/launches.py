@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from sparsereel.compensation.base import Compensation, SparseCall
+from sparsereel.grid import Permutation
 from sparsereel.selectors.base import Selection, reorder
-from sparsereel_kernels import BlockMask, sparse_attention
+from sparsereel_kernels import BlockMask, FrameDecay, KeyBias, sparse_attention
+from sparsereel_kernels.modifiers import Modifier
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,7 @@ class Choice:
     """What one call of a layer runs. `density` and `token_density` are means over all heads.
 
     Attributes:
+        order: that the call's tokens have to be put in first; None = they are in the order of the masks.
         compensation: makes up for what the launches skip; None = nobody does.
         isolated: bool [S], tokens that a compensation never averages with others.
         residual: [B, H, S, D], added to the output.
@@ -47,6 +50,7 @@ class Choice:
     launches: tuple[Launch, ...]
     density: float
     token_density: float
+    order: Permutation | None = None
     compensation: Compensation | None = None
     isolated: torch.Tensor | None = None
     residual: torch.Tensor | None = None
@@ -63,7 +67,7 @@ class Choice:
 
     @property
     def only_mask(self) -> BlockMask | None:
-        """The mask where one plain launch is all there is; None otherwise."""
+        """The mask, of tokens in `order`, where one plain launch is all there is; None otherwise."""
         (first, *rest) = self.launches
         return None if rest or first.heads is not None or first.moves_tokens else first.mask
 
@@ -74,20 +78,40 @@ def run_launches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, choice: Choi
     Args:
         options: `scale`, `key_lengths`, `modifier` and `backend` of `sparse_attention`.
     """
+    order = choice.order
+    if order is not None:
+        q, k, v = (order.apply(x, 2) for x in (q, k, v))
+        options["modifier"] = modifier_in_order(options.get("modifier"), order)
+    out = _all_launches(q, k, v, choice, options)
+    if order is not None:
+        out = order.inverse.apply(out, 2)
+    return out if choice.residual is None else out + choice.residual
+
+
+def modifier_in_order(modifier: Modifier | None, order: Permutation) -> Modifier | None:
+    """A modifier of the logits for queries and keys that were both put in `order`."""
+    if isinstance(modifier, KeyBias):
+        return KeyBias(order.apply(modifier.bias, modifier.bias.ndim - 1))
+    if isinstance(modifier, FrameDecay):
+        return FrameDecay(order.apply(modifier.frame_of_q, 0), order.apply(modifier.frame_of_k, 0), modifier.table)
+    return modifier
+
+
+def _all_launches(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, choice: Choice, options: dict[str, Any]
+) -> torch.Tensor:
     first = choice.launches[0]
     if first.heads is None:
-        out = _run(q, k, v, first, choice, options)
-    else:
-        parts = []
-        for launch in choice.launches:
-            heads = list(launch.heads or ())
-            shared = [head * k.shape[1] // q.shape[1] for head in heads]
-            parts.append(_run(q[:, heads], k[:, shared], v[:, shared], launch, choice, options))
-        # Put the heads back in their places: the launches hold them in an order of their own.
-        numbers = [head for launch in choice.launches for head in launch.heads or ()]
-        places = torch.tensor(numbers, device=q.device).argsort()
-        out = torch.cat(parts, dim=1).index_select(1, places)
-    return out if choice.residual is None else out + choice.residual
+        return _run(q, k, v, first, choice, options)
+    parts = []
+    for launch in choice.launches:
+        heads = list(launch.heads or ())
+        shared = [head * k.shape[1] // q.shape[1] for head in heads]
+        parts.append(_run(q[:, heads], k[:, shared], v[:, shared], launch, choice, options))
+    # Put the heads back in their places: the launches hold them in an order of their own.
+    numbers = [head for launch in choice.launches for head in launch.heads or ()]
+    places = torch.tensor(numbers, device=q.device).argsort()
+    return torch.cat(parts, dim=1).index_select(1, places)
 
 
 def _run(
@@ -96,6 +120,7 @@ def _run(
     isolated = choice.isolated
     selection = launch.selection if launch.moves_tokens else None
     if selection is not None:
+        options = {**options, "modifier": selection.arrange_modifier(options.get("modifier"), q.shape[1])}
         q, k, v = selection.arrange(q, k, v)
         if isolated is not None and selection.order_k is not None:
             isolated = reorder(isolated[None, None, :, None].expand(*k.shape[:3], 1), selection.order_k)[..., 0]

@@ -31,7 +31,7 @@ from sparsereel.plan import AttentionPlan
 from sparsereel.plan_entries import Method
 from sparsereel.sparse_layer import SparseLayer, in_backward
 from sparsereel.step import StepInfo, StepSource, seed_of
-from sparsereel.token_order import Tile, best_tile
+from sparsereel.token_order import CALL_SAVING, Tile, best_tile
 from sparsereel_kernels import dispatch, run
 
 if TYPE_CHECKING:
@@ -104,6 +104,8 @@ class ModelRuntime(OrderSource):
         self.chosen: dict[SparseLayer, Choice | None] = {}
         #: whether the family can put tokens in tile order; set when its hooks are installed
         self.orders_tokens = False
+        #: whether calls may move their tokens by themselves; not where a process holds a part of them
+        self._moves_calls = True
         #: numbers of the heads that this process holds in the call in progress, under context parallelism; None = all
         self.held_heads: range | None = None
         self._tiles: dict[Layout, Tile | None] = {}
@@ -146,6 +148,7 @@ class ModelRuntime(OrderSource):
                 "extended models and perturbed heads do not go with context parallelism; generate in one process"
             )
         # A process that holds a part of the tokens cannot put them all in order.
+        self._moves_calls = not spread
         ordered = self.orders_tokens and layout is not None and not spread
         ordered = ordered and not any(map(blurs_queries, self.attentions))
         self.tile = self._tile_for(fixed(layout)) if ordered and layout is not None else None
@@ -209,7 +212,8 @@ class ModelRuntime(OrderSource):
         if layout not in self._tiles:
             grid = decode(layout)
             enough = grid.seq_len >= self.plan.schedule.min_tokens
-            self._tiles[layout] = best_tile(self.methods(), grid) if enough else None
+            saving = 0.0 if self.orders_tokens else CALL_SAVING
+            self._tiles[layout] = best_tile(self.methods(), grid, saving=saving) if enough else None
         return self._tiles[layout]
 
     def methods(self) -> Counter[Method]:
@@ -238,6 +242,21 @@ class ModelRuntime(OrderSource):
     def tile_of(self, layout: Layout) -> Tile | None:
         """The token order of a layer with this layout in the call in progress; None = grid order."""
         return self.tile if layout == self.layout else None
+
+    def call_tile(self, layout: Layout, *, padded: bool = False) -> Tile | None:
+        """The order that a call with this layout puts its own tokens in, where its family does not once a forward.
+
+        Args:
+            padded: key lengths differ between samples; they must not cut what is moved.
+        """
+        compensation = self.plan.compensation
+        if self.orders_tokens or not self._moves_calls or (compensation is not None and compensation.remembers):
+            return None
+        if padded:
+            grid = decode(layout)
+            if grid.video_start + grid.video_len == grid.seq_len:
+                return None
+        return self._tile_for(fixed(layout))
 
     # -------------------------------------------------------------- choice
 

@@ -147,7 +147,14 @@ class SparseLayer:
         name = torch.ops.sparsereel.select_mask(self.slot, q, k, list(layout))
         # Whether a padding mask is a plain prefix is data; a graph takes it as a bias, which needs no such test.
         bias = bias_of(call.attn_mask)
-        return sparse_attention(q, k, v, name, scale=call.scale, modifier=bias, backend=self.runtime.backend)
+        options: dict[str, Any] = {"scale": call.scale, "backend": self.runtime.backend}
+        tile = self.runtime.call_tile(layout)
+        if tile is None:
+            return sparse_attention(q, k, v, name, modifier=bias, **options)
+        order, back = (torch.ops.sparsereel.token_order(q, list(layout), list(tile), way) for way in (False, True))
+        q, k, v = (x.index_select(2, order) for x in (q, k, v))
+        bias = None if bias is None else KeyBias(bias.bias.index_select(-1, order))
+        return sparse_attention(q, k, v, name, modifier=bias, **options).index_select(2, back)
 
     def _attend_eager(
         self,

@@ -6,18 +6,19 @@ All cases run in one start of two processes.
 from __future__ import annotations
 
 import importlib.util
-import os
-import socket
-import subprocess
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import sparsereel
 from sparsereel import AttentionPlan
 from sparsereel.patterns import Full, Neighborhood, Sharded, SlidingTile
+from sparsereel.report import LayerReport
 from sparsereel.selectors import BlockTopk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -173,35 +174,35 @@ def work(folder: Path) -> None:
     found = {name: spread(*case) for name, case in CASES.items()}
     found["planned first"] = spread("wan", "different", ULYSSES, "plan")
     found |= {name: spread(*case[:3]) for name, case in DENSE.items()}
-    torch.save((found, refused()), folder / f"{torch.distributed.get_rank()}.pt")
+    tensors, rows = {}, {}
+    for name, (out, rows_of_case, restored) in found.items():
+        rows[name] = [asdict(row) for row in rows_of_case]
+        tensors |= {
+            f"{name}/{part}": x.contiguous() for part, x in (("out", out), ("restored", restored)) if x is not None
+        }
+    rank = torch.distributed.get_rank()
+    save_file(tensors, folder / f"{rank}.safetensors")
+    (folder / f"{rank}.json").write_text(json.dumps({"rows": rows, "refused": refused()}))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, gloo_processes):
     """What each process found."""
     folder = tmp_path_factory.mktemp("parallel")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    running = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env={**os.environ, **shared, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(PROCESSES)
-    ]
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0] * PROCESSES, "\n".join(errors)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
+    gloo_processes(__file__, folder, PROCESSES, timeout=240)
+    return [stored(folder, rank) for rank in range(PROCESSES)]
+
+
+def stored(folder: Path, rank: int):
+    """What `work` wrote: (output, rows of the report, output once restored) by case, and what was refused."""
+    tensors, told = load_file(folder / f"{rank}.safetensors"), json.loads((folder / f"{rank}.json").read_text())
+    found = {
+        name: (tensors.get(f"{name}/out"), [LayerReport(**row) for row in rows], tensors.get(f"{name}/restored"))
+        for name, rows in told["rows"].items()
+    }
+    return found, told["refused"]
 
 
 @pytest.mark.parametrize("name", CASES)

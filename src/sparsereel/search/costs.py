@@ -110,11 +110,9 @@ def errors_of(recording: Recording) -> np.ndarray:
 def tiles_of(study: Study) -> list[Tile | None]:
     """Token orders worth pricing: the model's own, the general one, and those that candidates prefer."""
     tiles: dict[Tile | None, None] = {None: None}
-    if study.facts.ordered:
-        grids = {decode(layer.layout) for layer in study.facts.layers.values()}
-        for grid in grids:
-            preferred = [p.preferred_tile(grid) for p in study.candidates if isinstance(p, Pattern)]
-            tiles |= dict.fromkeys([GENERAL_TILE, *(tile for tile in preferred if tile is not None)])
+    for grid in {decode(layer.layout) for layer in study.facts.layers.values()}:
+        preferred = [p.preferred_tile(grid) for p in study.candidates if isinstance(p, Pattern)]
+        tiles |= dict.fromkeys([GENERAL_TILE, *(tile for tile in preferred if tile is not None)])
     return list(tiles)
 
 

@@ -14,7 +14,7 @@ from sparsereel.plan_entries import Choice, LayerEntry, LayerKey, LayerPlan, Met
 from sparsereel.schedule import Schedule
 from sparsereel.search.costs import Item
 from sparsereel.search.record import Study
-from sparsereel.token_order import Tile, best_tile
+from sparsereel.token_order import CALL_SAVING, Tile, best_tile
 
 #: what a head does in each stretch of steps, as numbers of candidates
 Course = tuple[int, ...]
@@ -106,8 +106,6 @@ def _joined(layers: dict[str, LayerEntry]) -> tuple[tuple[LayerKey, LayerEntry],
 
 def tile_of(study: Study, plan: AttentionPlan) -> Tile | None:
     """The token order that the plan will run in, by the rule of `sparsify`."""
-    if not study.facts.ordered:
-        return None
     grids = [decode(layer.layout) for layer in study.facts.layers.values()]
     uses: Counter[Method] = Counter(
         method
@@ -117,7 +115,8 @@ def tile_of(study: Study, plan: AttentionPlan) -> Tile | None:
         for _, method in head
         if not isinstance(method, Full)
     )
-    return best_tile(uses, grids[0]) if uses else None
+    largest = max(grids, key=lambda grid: grid.seq_len)
+    return best_tile(uses, largest, saving=0.0 if study.facts.ordered else CALL_SAVING) if uses else None
 
 
 def resolved(study: Study, plan: AttentionPlan, component: str) -> list[LayerPlan]:

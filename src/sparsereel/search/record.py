@@ -145,7 +145,7 @@ class PromptRecorder:
             steps=step.total,
             lengths=lengths,
             scale=scale,
-            order=tile_order(layout, GENERAL_TILE) if sees_tiles(self.study.facts, layout) else None,
+            order=tile_order(layout, GENERAL_TILE) if sees_tiles(layout) else None,
             backend=self.study.settings.backend,
         )
         key = (component, layer, bucket)
@@ -154,10 +154,10 @@ class PromptRecorder:
         self.sums[key].add(measure(call, self.study.candidates, self._masks))
 
 
-def sees_tiles(facts: ModelFacts, layout: Layout) -> bool:
+def sees_tiles(layout: Layout) -> bool:
     """Whether selectors are judged in tile order, which plans of many selectors run in."""
     grid = decode(layout)
-    return facts.ordered and grid.seq_len > GENERAL_TILE[0] * GENERAL_TILE[1] * GENERAL_TILE[2]
+    return grid.seq_len > GENERAL_TILE[0] * GENERAL_TILE[1] * GENERAL_TILE[2]
 
 
 def record(

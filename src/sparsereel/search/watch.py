@@ -46,7 +46,7 @@ class ModelFacts:
         spec: what the plan is for.
         layers: by component and number of the layer, in forward order.
         steps: denoising steps of a run.
-        ordered: whether the family puts tokens in tile order.
+        ordered: whether the family puts tokens in tile order once a forward; elsewhere every call does.
         dtype, device_type: of attention.
         fingerprint: of classes, configs and some weights; recordings of another model are not taken up.
     """

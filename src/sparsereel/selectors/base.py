@@ -21,7 +21,8 @@ from sparsereel.registry import lists
 from sparsereel.selectors import checks
 from sparsereel.selectors.assemble import to_block_mask
 from sparsereel.selectors.partition import Partition, over_heads
-from sparsereel_kernels import BlockMask
+from sparsereel_kernels import BlockMask, KeyBias
+from sparsereel_kernels.modifiers import Modifier
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,26 @@ class Selection:
     def arrange(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v in the order that the mask is for."""
         return reorder(q, self.order_q), reorder(k, self.order_k), reorder(v, self.order_k)
+
+    def arrange_modifier(self, modifier: Modifier | None, heads: int) -> Modifier | None:
+        """The modifier of the logits in the order that the mask is for.
+
+        Args:
+            heads: of q.
+
+        Raises:
+            ValueError: a modifier other than a bias of keys, which orders of a head's own would tear apart.
+        """
+        if modifier is None or self.order_k is None:
+            return modifier
+        if not isinstance(modifier, KeyBias):
+            raise ValueError(f"{type(modifier).__name__} does not go with a selector that moves tokens")
+        order, bias = self.order_k, modifier.bias
+        if order.shape[1] > 1:
+            order = order.repeat_interleave(heads // order.shape[1], 1)
+        bias = bias[None, None] if bias.ndim == 1 else bias[:, None] if bias.ndim == 2 else bias
+        batch, rows = max(order.shape[0], bias.shape[0]), max(order.shape[1], bias.shape[1])
+        return KeyBias(bias.expand(batch, rows, -1).gather(2, order.expand(batch, rows, -1)))
 
     def restore(self, out: Tensor) -> Tensor:
         """The output [B, H, S, Dv] of attention over arranged tokens, back in the order of q."""
