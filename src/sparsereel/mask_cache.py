@@ -78,12 +78,23 @@ class MaskCache:
         key = (heads, grid, block, torch.device(device), order)
         # Building under the lock: two threads that want the same mask build it once.
         with self._lock:
-            if key in self._masks:
-                self._masks.move_to_end(key)
-                return self._masks[key]
-            mask = _build(heads, grid, block, order).to(torch.device(device))
-            self._insert(key, mask)
-            return mask
+            return self._get(*key)
+
+    def _get(
+        self, heads: tuple[Pattern, ...], grid: TokenGrid, block: Block, device: torch.device, order: Permutation | None
+    ) -> BlockMask:
+        key = (heads, grid, block, device, order)
+        if key in self._masks:
+            self._masks.move_to_end(key)
+            return self._masks[key]
+        if len(heads) == 1:
+            mask = heads[0].block_mask(grid, block, order=order).to(device)
+        else:
+            # Layers mix the same few patterns: each is built once.
+            alone = {pattern: self._get((pattern,), grid, block, device, order) for pattern in dict.fromkeys(heads)}
+            mask = BlockMask.stack([alone[pattern] for pattern in heads])
+        self._insert(key, mask)
+        return mask
 
     def _insert(self, key: Any, mask: BlockMask) -> None:
         self._masks[key] = mask
@@ -100,11 +111,6 @@ class MaskCache:
         with self._lock:
             self._masks.clear()
             self._bytes = 0
-
-
-def _build(heads: tuple[Pattern, ...], grid: TokenGrid, block: Block, order: Permutation | None) -> BlockMask:
-    masks = {pattern: pattern.block_mask(grid, block, order=order) for pattern in dict.fromkeys(heads)}
-    return masks[heads[0]] if len(heads) == 1 else BlockMask.stack([masks[pattern] for pattern in heads])
 
 
 def _size(mask: BlockMask) -> int:

@@ -244,9 +244,9 @@ def test_equal_hashes_do_not_merge_different_tiles(monkeypatch):
 
 def test_long_sequences_take_little_time_and_memory():
     """115,200 tokens: 900 x 1,800 blocks. A dense mask would be 13 GB."""
-    start = time.perf_counter()
+    start = time.process_time()
     mask = random_block_mask(115_200, density=0.1)
     both = (mask & random_block_mask(115_200, density=0.1, seed=1)) | mask
     assert both.token_density == pytest.approx(mask.token_density)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert both.nbytes < 20e6

@@ -22,6 +22,15 @@ from sparsereel_kernels.problem import Problem
 #: launches. From the table in docs/selectors.md: 15 to 26 for pooled scores, 10 for sampled queries.
 SELECTION_PACE = 16.0
 
+#: Seconds that a selection and the launch of its own take however short the sequence is, by device. Measured on two
+#: cores: 1 ms (block_topk) to 2.7 ms (spargeattn) for the selection and about 1 ms for the launch; on GPUs some forty
+#: small kernels. Every head pays it as if it were alone, so a plan never costs more than it says.
+LAUNCH_SECONDS = {"cpu": 2.5e-3}
+LAUNCH_SECONDS_ELSEWHERE = 4e-4
+#: operations a second of dense attention, where no table says
+PACE = {"cpu": 6e10}
+PACE_ELSEWHERE = 2e14
+
 
 @dataclass(frozen=True)
 class Item:
@@ -197,14 +206,19 @@ class Pricing:
 
     def _selecting(self, selector: Selector, grid: TokenGrid, head_dim: int) -> float:
         """Time of one head's selection over a dense head, spread over the calls that it serves."""
+        device = self.study.facts.device_type
         work = selector.cost(grid, BLOCK, 1, head_dim) * SELECTION_PACE
+        operations = 4.0 * grid.seq_len**2 * head_dim
+        fit = cost.find(device, self.study.facts.dtype, head_dim, self.backend)
+        pace = PACE.get(device, PACE_ELSEWHERE) if fit is None else operations / fit.seconds(grid.seq_len, 1.0, 1.0)
+        work += LAUNCH_SECONDS.get(device, LAUNCH_SECONDS_ELSEWHERE) * pace
         steps = self.study.facts.steps
         refresh = selector.refresh
         if isinstance(refresh, int):
             serves = float(refresh)
         else:
             serves = steps / (1 if refresh == "once" else 1 + len(refresh))
-        return work / (4.0 * grid.seq_len**2 * head_dim) / serves
+        return work / operations / serves
 
 
 def _backend(study: Study) -> str:
