@@ -117,6 +117,20 @@ def test_threads_that_want_one_mask_build_it_once(monkeypatch):
     assert len({id(mask) for mask in seen}) == 1
 
 
+def test_layers_that_mix_the_same_patterns_share_their_masks(monkeypatch):
+    cache, built = MaskCache(), []
+    original = patterns.Radial.block_mask
+    monkeypatch.setattr(
+        patterns.Radial, "block_mask", lambda self, *a, **o: built.append(self) or original(self, *a, **o)
+    )
+    mixes = [(Radial(), Spatial(0)), (Spatial(0), Radial()), (Radial(), Spatial(1)), (Radial(), Radial())]
+    masks = [cache.get(mix, GRID, block=(16, 16)) for mix in mixes]
+    assert len(built) == 1
+    for mix, mask in zip(mixes, masks, strict=True):
+        for head, pattern in enumerate(mix[: mask.shape[1]]):
+            assert torch.equal(mask.to_dense()[0, head], pattern.token_mask(GRID))
+
+
 @pytest.mark.parametrize("make", [lambda: MaskCache(max_masks=0), lambda: MaskCache().get((), GRID)])
 def test_bad_input(make):
     with pytest.raises(ValueError, match="needs room|one pattern a head"):

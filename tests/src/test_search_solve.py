@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
+from sparsereel import TokenGrid
+from sparsereel.search.costs import Pricing
 from sparsereel.search.solve import trace
+from sparsereel.selectors import BlockTopk
+from sparsereel_kernels.cost import Fit
 
 
 def tables(seed: int, items: int = 40, candidates: int = 7) -> tuple[np.ndarray, np.ndarray]:
@@ -85,3 +92,21 @@ def test_equal_errors_go_to_the_cheapest_at_once():
 def test_tables_that_make_no_sense_are_refused(error, cost):
     with pytest.raises(ValueError, match=r"must be"):
         trace(error, cost)
+
+
+def test_a_selection_costs_its_launch_however_short_the_sequence_is(monkeypatch):
+    """Heads of a short clip would otherwise seem to choose blocks for nothing."""
+    facts = SimpleNamespace(device_type="cpu", dtype=torch.float32, steps=12)
+    pricing = object.__new__(Pricing)
+    pricing.study, pricing.backend = SimpleNamespace(facts=facts), "cpu"
+    monkeypatch.setattr("sparsereel_kernels.cost.load", lambda: ())
+    short, long = TokenGrid(9, 12, 12), TokenGrid(33, 64, 64)
+    every, fourth = BlockTopk(density=0.2), BlockTopk(density=0.2, refresh=4)
+    assert pricing._selecting(every, short, 64) > 0.2
+    assert pricing._selecting(every, long, 64) < 0.05
+    for grid in (short, long):
+        assert pricing._selecting(fourth, grid, 64) == pytest.approx(pricing._selecting(every, grid, 64) / 4)
+    # Where a table was measured, its seconds count: on a faster machine a launch weighs more.
+    fit = Fit("cpu", "x", 2, "float32", 64, "cpu", False, 0.0, 0.0, 1e-12, 0.0, 0.0)
+    monkeypatch.setattr("sparsereel_kernels.cost.find", lambda *a, **k: fit)
+    assert pricing._selecting(every, short, 64) > 1.0
