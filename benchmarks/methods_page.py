@@ -6,6 +6,7 @@ Called by `python benchmarks/methods.py --docs`. Pictures go to docs/images/meth
 from __future__ import annotations
 
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,21 @@ def picture(name: str) -> str:
     return f"![{name}](images/methods/{name}.png)"
 
 
+def against_searched(margins: dict[str, float]) -> list[str]:
+    """Where searched plans stand at equal seconds in attention; nothing where there are none."""
+    if not margins:
+        return []
+    below = sorted((value, name) for name, value in margins.items() if value <= 0)
+    above = len(margins) - len(below)
+    text = (
+        f"`searched` (its best plan of no more seconds in attention) against every row that spends as many or more: "
+        f"above {above} of {len(margins)}, by {statistics.median(margins.values()):.1f} dB in the middle."
+    )
+    if below:
+        text += " Not above: " + ", ".join(f"{name} ({value:.1f} dB)" for value, name in below) + "."
+    return [text + "\n"]
+
+
 def measured(title: str, results: dict[str, Any]) -> list[str]:
     """The table of what was measured; nothing where there are no results."""
     if not results["rows"]:
@@ -188,8 +204,9 @@ def measured(title: str, results: dict[str, Any]) -> list[str]:
     lines += [
         "With a load above 1 other work shared the two cores: seconds are then high, ratios rough, PSNR exact.",
         "Blocks of 128 x 64 on 1,296 tokens are coarse: where a method cannot match the density, `density` says so.\n",
-        "| method | setting | wanted | density | PSNR dB | SSIM | judge | s | dense / this | load |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        *against_searched(results.get("margins", {})),
+        "| method | setting | wanted | density | PSNR dB | SSIM | judge | s | of it attention | dense / this | load |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     order = sorted(results["rows"].items(), key=lambda item: (item[1]["target"], item[0]))
     for key, row in order:
@@ -200,6 +217,7 @@ def measured(title: str, results: dict[str, Any]) -> list[str]:
             f"{row['ssim']:.4f}",
             f"{row['judge']:.3f}",
             f"{row['seconds']:.1f}",
+            f"{row['attention_seconds']:.2f}",
             f"{row['ratio']:.2f}",
             f"{row['load_average']:.1f}",
         )

@@ -16,6 +16,7 @@ from sparsereel import AttentionPlan, minireel
 from sparsereel.cli.main import run as command
 from sparsereel.patterns import Skip, Spatial, Temporal
 from sparsereel.search import record
+from sparsereel.search.verify import HeldOut
 from sparsereel.selectors import BlockTopk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -176,3 +177,29 @@ def test_the_command_writes_a_plan_and_says_what_it_missed(pipe, searched, tmp_p
 
 def _interrupted(*args: Any, **kwargs: Any) -> Any:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_what_stands_alone_is_measured_and_taken_where_it_is_better(pipe, searched, monkeypatch, better):
+    _, folder = searched
+    measured = HeldOut.measure
+
+    def measure(self: HeldOut, plan: AttentionPlan) -> dict[str, Any]:
+        found = measured(self, plan)
+        ((_, layers),) = plan.components
+        alone = len(layers) == 1 and not layers[0][1].heads
+        return {**found, "psnr": 50.0 if alone == better else 20.0}
+
+    monkeypatch.setattr(HeldOut, "measure", measure)
+    result = find(pipe, folder)
+    rival = result.plan.calibration["rival"]
+    assert rival["method"] in result.plan.calibration["candidates"]
+    assert rival["taken"] == better
+    assert rival["density"] <= 0.6
+    assert result.measured["psnr"] == 50.0
+    heads = {
+        str(method)
+        for layer in result.plan.resolve("transformer", list("abcdef"), [8] * 6)
+        for method in layer.at(3, 4)
+    }
+    assert (heads == {rival["method"]}) == better

@@ -101,19 +101,28 @@ class Chooser:
         met = target.met_by(predicted[target.kind] + (0.0 if target.kind == "budget" else 1e-6))
         return replace(solution, met=met)
 
-    def alternatives(self, target: Target, forecast: Forecast) -> list[Alternative]:
-        """Every candidate in all heads, and the general presets, each in the token order that it would run in."""
+    def alone(self, target: Target, forecast: Forecast) -> list[tuple[str, bool, Solution]]:
+        """Every candidate in all heads, and the general presets (True), in the token order that each would run in."""
         everywhere = {str(m): np.full(len(self.items), n) for n, m in enumerate(self.study.candidates) if n}
         found = [(name, False, choice) for name, choice in everywhere.items()]
         for name, plan in general_presets().items():
             choice = preset_choice(self.study, self.items, plan, self.prices[None])
             found += [] if choice is None else [(name, True, choice)]
-        points = []
+        solutions = []
         for name, preset, choice in found:
             costs = self.prices.get(tile_of(self.study, plan_of(self.study, self.items, choice)), self.prices[None])
-            solution = self.solution(target, forecast, costs, choice, 0.0)
-            points.append(Alternative.of(name, preset, predict(solution, forecast)))
-        return points
+            solutions.append((name, preset, self.solution(target, forecast, costs, choice, 0.0)))
+        return solutions
+
+    def rival(self, target: Target, forecast: Forecast) -> tuple[str, Solution] | None:
+        """Of what stands alone and keeps within the target, the one predicted to lose least.
+
+        None where nothing does, and for a PSNR: the plan is the cheapest then, and predictions say what is cheaper.
+        """
+        if target.kind == "target_psnr":
+            return None
+        within = [(name, one) for name, _, one in self.alone(target, forecast) if one.met and one.choice.any()]
+        return min(within, key=lambda entry: entry[1].error, default=None)
 
 
 def predict(solution: Solution, forecast: Forecast) -> FrontPoint:
@@ -201,27 +210,45 @@ def _choose(
     solution = chooser.solve(target, forecast)
     tried: Tried = [(solution, forecast, {})]
     held_out = HeldOut(pipe, study, shown.done)
+    rounds, rival = 1, ""
     if study.settings.held_out:
         shown.stage("measuring the plan")
         tried = _measured(held_out, study, chooser, solution, forecast, shown)
+        rounds = len(tried)
+        # Errors are taken to add up, which favours plans of many parts: what stands alone is measured, too.
+        found = chooser.rival(target, tried[-1][1])
+        if found is not None and not any((found[1].choice == before.choice).all() for before, _, _ in tried):
+            shown.more(study.settings.held_out * study.facts.steps)
+            rival = found[0]
+            tried.append((found[1], tried[-1][1], held_out.measure(found[1].plan)))
     (solution, used, measured), met = best = _best(target, tried)
     predicted = predict(solution, used)
-    note = "" if met else _missed(target, predicted, measured, len(tried))
+    note = "" if met else _missed(target, predicted, measured, rounds)
     facts = calibration.of(study, recording, chooser.items, solution.choice, solution.costs)
     facts |= {
         "target": {target.kind: target.value},
         "predicted": asdict(predicted),
         "measured": measured,
         "anchor": asdict(forecast.anchor),
-        "rounds": len(tried),
+        "rounds": rounds,
     }
+    if rival:
+        names = ("psnr", "seconds", "density")
+        facts["rival"] = {"method": rival, "taken": solution is tried[-1][0]} | {n: tried[-1][2][n] for n in names}
     plan = replace(solution.plan, calibration=calibration.tidy(facts))
     front = _front(chooser, target, solution, used)
     turn = next(n for n, entry in enumerate(tried) if entry is best[0])
     data = {
         **heads_of(study, recording, chooser.items, solution.choice, solution.costs),
-        "alternatives": [one.to_dict() for one in chooser.alternatives(target, used)],
-        "rounds": [{"predicted": asdict(predict(s, f)), "measured": m} for s, f, m in tried if m],
+        "alternatives": [
+            Alternative.of(name, preset, predict(one, used)).to_dict()
+            for name, preset, one in chooser.alone(target, used)
+        ],
+        "rounds": [
+            {"predicted": asdict(predict(s, f)), "measured": m}
+            for number, (s, f, m) in enumerate(tried)
+            if m and (number < rounds or s is solution)
+        ],
     }
     evidence = Evidence(data, held_out.shown(turn) if measured else ())
     return SearchResult(plan, front, predicted, measured, met, note, evidence)
@@ -257,7 +284,10 @@ def _measured(
 
 
 def _best(target: Target, tried: Tried) -> tuple[tuple[Solution, Forecast, dict[str, Any]], bool]:
-    """The plan to hand back and whether it reaches the target: of those that do, the cheapest or the most exact."""
+    """The plan to hand back and whether it reaches the target: of those that do, the cheapest or the most exact.
+
+    For a PSNR the cheapest; else the one measured to be the most exact.
+    """
     if not tried[0][2]:
         return tried[0], tried[0][0].met
     name = calibration.MEASURE[target.kind]
@@ -266,7 +296,7 @@ def _best(target: Target, tried: Tried) -> tuple[tuple[Solution, Forecast, dict[
         return min(tried, key=lambda entry: abs(entry[2][name] - target.value)), False
     if target.kind == "target_psnr":
         return min(reached, key=lambda entry: entry[0].costs.mean_share(entry[0].choice)), True
-    return min(reached, key=lambda entry: entry[0].error), True
+    return max(reached, key=lambda entry: entry[2]["psnr"]), True
 
 
 def _missed(target: Target, predicted: FrontPoint, measured: dict[str, Any], rounds: int) -> str:
