@@ -261,6 +261,11 @@ def test_preferred_tiles():
     assert SlidingTile(3).preferred_tile(grid) == (4, 8, 8)
     assert Neighborhood(0.6, stride=(2, 8, 8)).preferred_tile(grid) == (2, 8, 8)
     assert Radial().preferred_tile(grid) is None
+    columns = Temporal(1).preferred_tile(grid)
+    assert columns[0] == grid.frames
+    order = grid.tile_order(columns)
+    assert Temporal(1).block_mask(grid, order=order).density < 0.7 * Temporal(1).block_mask(grid).density
+    assert Temporal(1).preferred_tile(TokenGrid(1, 8, 8)) is None
     assert (Sink() | KeepSinks(SlidingTile(1))).preferred_tile(grid) == (4, 8, 8)
 
 

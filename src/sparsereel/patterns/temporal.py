@@ -14,6 +14,10 @@ from sparsereel.patterns.base import Pattern, distance
 from sparsereel.patterns.layout import COLUMN, ROW, Tokens
 from sparsereel.patterns.rules import Axis, Both, Rule
 
+#: tokens that a tile should hold: a key block
+TILE_TOKENS = 64
+SIDES = ((1, 1), (1, 2), (2, 2), (2, 4), (4, 4), (4, 8))
+
 
 @dataclass(frozen=True, eq=False)
 class Temporal(Pattern):
@@ -44,6 +48,13 @@ class Temporal(Pattern):
     def rule(self, grid: TokenGrid) -> Rule:
         rows = Axis(ROW, distance(grid.height) <= arguments.tokens(self.width, grid.height))
         return Both((rows, Axis(COLUMN, distance(grid.width) <= arguments.tokens(self.width, grid.width))))
+
+    def preferred_tile(self, grid: TokenGrid) -> tuple[int, int, int] | None:
+        """All frames of a few neighbouring places, about a key block of tokens: the layout of Sparse VideoGen."""
+        if grid.frames == 1:
+            return None
+        height, width = min(SIDES, key=lambda side: abs(grid.frames * side[0] * side[1] - TILE_TOKENS))
+        return grid.frames, height, width
 
 
 if __name__ == "__main__":
