@@ -14,11 +14,11 @@ from sparsereel.grid import Permutation
 from sparsereel.launches import Choice, Launch
 from sparsereel.patterns.base import Pattern
 from sparsereel.plan_entries import Method
-from sparsereel.selectors import SelectionContext, Selector, refreshing
+from sparsereel.selectors import Selection, SelectionContext, Selector, refreshing
 from sparsereel.selectors.refresh import served_steps
 from sparsereel.sparse_layer import SparseLayer
 from sparsereel.step import StepInfo
-from sparsereel.token_order import BLOCK, MASKS, outside_video, tile_order
+from sparsereel.token_order import BLOCK, MASKS, Tile, by_own_tile, from_tile_to, outside_video, tile_order
 from sparsereel_kernels.cost import expected_share
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class Request:
     key_lengths: torch.Tensor | None
     scale: float | None
     branch: str
+    #: the choice has to be one mask for tokens in one order
+    one_mask: bool = False
 
     @property
     def key(self) -> Any:
@@ -60,8 +62,9 @@ def choose(runtime: ModelRuntime, asked: Request) -> Choice | None:
     change = runtime.change(asked.layer, asked.layout, asked.q.device) if static else None
     tile = runtime.tile_of(asked.layout)
     moves = tile is None and (change is None or change.mixer is None)
+    padded = asked.key_lengths is not None
     if moves:
-        tile = runtime.call_tile(asked.layout, padded=asked.key_lengths is not None)
+        tile = runtime.call_tile(asked.layout, padded=padded)
     order = None if tile is None else tile_order(asked.layout, tile)
     if moves and order is not None and chosen:
         asked = replace(asked, q=order.apply(asked.q, 2), k=order.apply(asked.k, 2))
@@ -71,20 +74,36 @@ def choose(runtime: ModelRuntime, asked: Request) -> Choice | None:
         patterns = tuple(p.for_head(asked.layer.index, first + head) for head, p in static.items())
         if change is not None:
             patterns = tuple(change.within(p) for p in patterns)
-        grid = decode(asked.layout)
-        mask = MASKS.get(patterns, grid, block=BLOCK, device=asked.q.device, layer=asked.layer.index, order=order)
-        if mask is None and not chosen:
+        numbers = tuple(static)
+        splits = change is None and not asked.one_mask and runtime.may_move(asked.layout, padded=padded)
+        groups = by_own_tile(patterns, decode(asked.layout), tile) if splits else {tile: list(range(len(patterns)))}
+        for place, members in groups.items():
+            together = tuple(patterns[number] for number in members)
+            everyone = len(members) == heads
+            launch = _static(asked, together, tile, place)
+            launches.append(launch if everyone else replace(launch, heads=tuple(numbers[number] for number in members)))
+        if not chosen and all(launch.mask is None for launch in launches):
             return None
-        launches.append(Launch(tuple(static) if chosen else None, mask))
-    for selector, numbers in chosen.items():
-        everyone = len(numbers) == heads
-        launches.append(_selected(runtime, asked, selector, None if everyone else tuple(numbers), order))
+    for selector, following in chosen.items():
+        everyone = len(following) == heads
+        launches.append(_selected(runtime, asked, selector, None if everyone else tuple(following), order))
     choice = replace(Choice.of(launches, heads), order=order if moves else None)
     compensation = runtime.plan.compensation
     if compensation is None:
         return choice
     isolated = outside_video(asked.layout, tile).to(asked.q.device)
     return replace(choice, compensation=compensation, isolated=isolated, layer=asked.layer.index)
+
+
+def _static(asked: Request, patterns: tuple[Pattern, ...], tile: Tile | None, place: Tile | None) -> Launch:
+    """The launch of heads with these patterns in the order of `place`, of tokens that are in that of `tile`."""
+    layout, device = asked.layout, asked.q.device
+    order = None if place is None else tile_order(layout, place)
+    mask = MASKS.get(patterns, decode(layout), block=BLOCK, device=device, layer=asked.layer.index, order=order)
+    if mask is None or place == tile:
+        return Launch(None, mask)
+    index = from_tile_to(layout, tile, place, device)
+    return Launch(None, mask, Selection(mask, index, index))
 
 
 def _selected(

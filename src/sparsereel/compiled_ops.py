@@ -46,7 +46,7 @@ def select_mask(slot: torch.Tensor, q: torch.Tensor, k: torch.Tensor, layout: li
     Its tokens are in the runtime's `call_tile`, which the graph puts them in.
     """
     layer = _layer_of(slot)
-    choice = layer.runtime.select(layer, tuple(layout), q, k)
+    choice = layer.runtime.select(layer, tuple(layout), q, k, one_mask=True)
     if choice is not None:
         layer.note_backend(q, k, k, choice)
     return mask_name(None if choice is None else choice.only_mask).clone()

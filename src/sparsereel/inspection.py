@@ -16,10 +16,10 @@ from torch import nn
 
 from sparsereel.families import find
 from sparsereel.files import replacing
-from sparsereel.grid import Permutation, TokenGrid
+from sparsereel.grid import TokenGrid
 from sparsereel.patterns import Full, Pattern
 from sparsereel.plan import AttentionPlan, LayerPlan
-from sparsereel.token_order import BLOCK, CALL_SAVING, MASKS, best_tile
+from sparsereel.token_order import BLOCK, CALL_SAVING, MASKS, Tile, best_tile, by_own_tile, own_tile
 from sparsereel_kernels import BlockMask, dispatch
 from sparsereel_kernels.cost import expected_share
 from sparsereel_kernels.problem import Problem
@@ -145,12 +145,11 @@ def inspect_plan(plan: AttentionPlan, grid: TokenGrid, model: Architecture, *, s
     used = Counter(p for layer in layers for head in layer.heads for _, p in head if not isinstance(p, Full))
     saving = 0.0 if model.family in ORDERED else CALL_SAVING
     tile = best_tile(used, grid, saving=saving) if used and not short else None
-    order = None if tile is None else grid.tile_order(tile)
     groups: list[HeadGroup] = []
     full = 4.0 * grid.seq_len**2 * model.head_dim
     for layer in layers:
         for heads, does in _alike(layer):
-            density, tokens = _over_steps(plan, layer, heads[0], grid, order, steps, model.head_dim, dense=short)
+            density, tokens = _over_steps(plan, layer, heads[0], grid, tile, steps, model.head_dim, dense=short)
             groups.append(HeadGroup(layer.index, heads, does, density, tokens, full * len(heads) * density))
     return Inspection(
         plan.describe(),
@@ -183,7 +182,7 @@ def _over_steps(
     layer: LayerPlan,
     head: int,
     grid: TokenGrid,
-    order: Permutation | None,
+    tile: Tile | None,
     steps: int,
     head_dim: int,
     *,
@@ -199,11 +198,19 @@ def _over_steps(
             # Selectors see q and k, which a look at the plan does not have: counted as dense, and said so.
             pairs.append((1.0, 1.0))
             continue
-        whole = MASKS.get(patterns, grid, block=BLOCK, layer=layer.index, order=order)
-        own = MASKS.get((patterns[head].for_head(layer.index, head),), grid, block=BLOCK, order=order)
-        dear = _expected_here(whole, grid.seq_len, head_dim) > plan.schedule.max_density
+        each = tuple(pattern.for_head(layer.index, number) for number, pattern in enumerate(patterns))
+        share = 0.0
+        for place, members in by_own_tile(each, grid, tile).items():
+            mask = _mask(tuple(each[number] for number in members), grid, place)
+            share += len(members) / len(each) * _expected_here(mask, grid.seq_len, head_dim)
+        own = _mask((each[head],), grid, own_tile(each[head], grid, tile))
+        dear = share > plan.schedule.max_density
         pairs.append((1.0, 1.0) if dear or own is None else (own.density, own.token_density))
     return sum(p[0] for p in pairs) / steps, sum(p[1] for p in pairs) / steps
+
+
+def _mask(patterns: tuple[Pattern, ...], grid: TokenGrid, tile: Tile | None) -> BlockMask | None:
+    return MASKS.get(patterns, grid, block=BLOCK, order=None if tile is None else grid.tile_order(tile))
 
 
 #: what models are taken to run in; configs do not say

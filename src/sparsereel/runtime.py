@@ -243,19 +243,26 @@ class ModelRuntime(OrderSource):
         """The token order of a layer with this layout in the call in progress; None = grid order."""
         return self.tile if layout == self.layout else None
 
-    def call_tile(self, layout: Layout, *, padded: bool = False) -> Tile | None:
-        """The order that a call with this layout puts its own tokens in, where its family does not once a forward.
+    def may_move(self, layout: Layout, *, padded: bool) -> bool:
+        """Whether calls with this layout may put their own tokens, or those of some heads, in another order.
+
+        Not where a process holds a part of them, or an output is kept for other calls.
 
         Args:
             padded: key lengths differ between samples; they must not cut what is moved.
         """
         compensation = self.plan.compensation
-        if self.orders_tokens or not self._moves_calls or (compensation is not None and compensation.remembers):
+        if not self._moves_calls or (compensation is not None and compensation.remembers):
+            return False
+        if not padded:
+            return True
+        grid = decode(layout)
+        return grid.video_start + grid.video_len < grid.seq_len
+
+    def call_tile(self, layout: Layout, *, padded: bool = False) -> Tile | None:
+        """The order that a call with this layout puts its own tokens in, where its family does not once a forward."""
+        if self.orders_tokens or not self.may_move(layout, padded=padded):
             return None
-        if padded:
-            grid = decode(layout)
-            if grid.video_start + grid.video_len == grid.seq_len:
-                return None
         return self._tile_for(fixed(layout))
 
     # -------------------------------------------------------------- choice
@@ -285,8 +292,14 @@ class ModelRuntime(OrderSource):
         k: torch.Tensor,
         key_lengths: torch.Tensor | None = None,
         scale: float | None = None,
+        *,
+        one_mask: bool = False,
     ) -> Choice | None:
-        """What this call of `layer` runs, or None for dense; counted and, when new, announced."""
+        """What this call of `layer` runs, or None for dense; counted and, when new, announced.
+
+        Args:
+            one_mask: the caller takes one mask and no launches with orders of their own.
+        """
         if in_backward():
             return self.repeat(layer)
         self._to_measure.pop(layer, None)
@@ -294,7 +307,7 @@ class ModelRuntime(OrderSource):
         choice = None
         if step is not None:
             asked = self._request(layer, layout, step, step.index, q, k, key_lengths, scale)
-            choice = choose(self, asked)
+            choice = choose(self, replace(asked, one_mask=one_mask))
             reason = "the plan says full" if choice is None else too_dear(self, choice, q, overhead(self, asked))
             if choice is not None and not reason:
                 choice, reason = self._with_residual(asked, choice)

@@ -3,11 +3,13 @@
 Candidates are the model's own order, the tiles that the patterns prefer, and a general one. The order that visits the
 fewest blocks over all heads wins; the model's own order wins a tie, since it costs nothing. Where a family knows how,
 tokens are put in order once a forward; elsewhere every sparse call moves its q, k, v and output, which has to pay.
+Heads whose pattern would visit far fewer blocks in an order of its own (temporal heads in columns, beside spatial ones
+in frames) are moved by themselves: the layout transformation of Sparse VideoGen (arXiv 2502.01776).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -27,6 +29,11 @@ Tile = tuple[int, int, int]
 
 #: share of the blocks that an order put on in every call has to save
 CALL_SAVING = 0.05
+
+#: an order of some heads' own has to save so many keys a query, and leave at most this share of the blocks
+OWN_SAVING, OWN_SHARE = 256, 0.7
+#: below so many tokens a launch more costs what it saves
+OWN_TOKENS = 4096
 
 MASKS = MaskCache()
 
@@ -65,6 +72,35 @@ def best_tile(methods: Mapping[Method, int], grid: TokenGrid, *, saving: float =
         if visited < fewest:
             best, fewest = tile, visited
     return best
+
+
+@lru_cache(maxsize=4096)
+def own_tile(pattern: Pattern, grid: TokenGrid, tile: Tile | None) -> Tile | None:
+    """The order of a head with this pattern in a layer whose tokens are in that of `tile`: its own where that pays."""
+    if grid.seq_len < OWN_TOKENS:
+        return tile
+    places = dict.fromkeys([None, pattern.preferred_tile(grid), tile])
+    visited = {place: _density(pattern, grid, grid.tile_order(place) if place else None) for place in places}
+    best = min(places, key=lambda place: visited[place])
+    saved = (visited[tile] - visited[best]) * grid.seq_len
+    return best if saved >= OWN_SAVING and visited[best] <= OWN_SHARE * visited[tile] else tile
+
+
+def by_own_tile(patterns: Sequence[Pattern], grid: TokenGrid, tile: Tile | None) -> dict[Tile | None, list[int]]:
+    """Numbers of the heads that run together, by the order that they run in; `tile` is the layer's."""
+    groups: dict[Tile | None, list[int]] = {}
+    for number, pattern in enumerate(patterns):
+        groups.setdefault(own_tile(pattern, grid, tile), []).append(number)
+    return groups
+
+
+@lru_cache(maxsize=64)
+def from_tile_to(layout: Layout, tile: Tile | None, place: Tile | None, device: torch.device) -> torch.Tensor:
+    """int64 [1, 1, S]: where the tokens of the order of `place` stand in a sequence in that of `tile`."""
+    identity = torch.arange(layout_length(layout))
+    wanted = identity if place is None else tile_order(layout, place).indices
+    found = wanted if tile is None else tile_order(layout, tile).inverse.indices[wanted]
+    return found[None, None].to(device)
 
 
 def _visited(patterns: Mapping[Pattern, int], grid: TokenGrid, order: Permutation | None) -> float:

@@ -9,8 +9,9 @@ import sparsereel
 from sparsereel import AttentionPlan, TokenGrid, selectors
 from sparsereel.families.layout import text, video
 from sparsereel.inject import injection_of
+from sparsereel.inspection import Architecture, inspect_plan
 from sparsereel.launches import Choice, Launch, run_launches
-from sparsereel.patterns import SlidingTile, Spatial
+from sparsereel.patterns import SlidingTile, Spatial, Temporal
 from sparsereel.selectors import SelectionContext
 from sparsereel_kernels import FrameDecay, KeyBias, sparse_attention
 
@@ -138,6 +139,68 @@ def test_key_lengths_never_cut_what_is_moved(tiny):
         assert runtime.call_tile(layout) == (4, 8, 8)
         assert runtime.call_tile(layout, padded=True) is None
         assert runtime.call_tile((*video(4, 16, 16), *text(TEXT)), padded=True) == (4, 8, 8)
+
+
+# ------------------------------------------------------------------ heads with orders of their own
+
+HEADS = (Spatial(0), Temporal(1))
+BOTH = {
+    "version": 1,
+    "patterns": {"frames": {"spatial": {"frames": 0}}, "columns": {"temporal": {"width": 1}}},
+    "components": {"transformer": {"layers": {"*": {"default": "frames", "heads": {"1": "columns"}}}}},
+}
+
+
+def long(tiny, name):
+    """A clip long enough for heads to be moved by themselves."""
+    g = torch.Generator().manual_seed(5)
+    model = tiny.CASES[name].model()
+    if name == "wan":
+        return model, tiny.wan_inputs(16, 32, 32), TokenGrid(16, 16, 16)
+    inputs = {**tiny.hunyuan_inputs(), "hidden_states": torch.randn(tiny.BATCH, 4, 16, 32, 32, generator=g)}
+    inputs["encoder_attention_mask"] = torch.ones(tiny.BATCH, TEXT, dtype=torch.long)
+    return model, inputs, TokenGrid(16, 16, 16, text=TEXT)
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video"])
+def test_temporal_heads_run_in_columns_beside_spatial_ones(tiny, name):
+    model, inputs, grid = long(tiny, name)
+    with tiny.dense_under(lambda call, grid: torch.stack([p.token_mask(grid) for p in HEADS]), (grid,)):
+        expected = tiny.run(model, inputs)
+    plan = AttentionPlan.from_dict(BOTH)
+    with sparsereel.sparsified(model, plan):
+        actual = tiny.run(model, inputs)
+        rows = list(sparsereel.report(model).layers)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    columns = grid.tile_order(HEADS[1].preferred_tile(grid))
+    in_own = (HEADS[0].block_mask(grid).density + HEADS[1].block_mask(grid, order=columns).density) / 2
+    in_one = sum(pattern.block_mask(grid).density for pattern in HEADS) / 2
+    assert in_own < 0.5 * in_one
+    assert all(row.density == pytest.approx(in_own) for row in rows)
+
+
+def test_moved_heads_have_gradients_and_a_compiled_model_keeps_one_order(tiny):
+    model, inputs, grid = long(tiny, "wan")
+    with sparsereel.sparsified(model, AttentionPlan.from_dict(BOTH)):
+        moved = gradients(model, inputs)
+        eager = tiny.run(model, inputs)
+        found = tiny.run(torch.compile(model, backend="aot_eager"), inputs)
+    torch.compiler.reset()
+    torch.testing.assert_close(found, eager, rtol=1e-5, atol=1e-5)
+    with tiny.dense_under(lambda call, grid: torch.stack([p.token_mask(grid) for p in HEADS]), (grid,)):
+        plain = gradients(model, inputs)
+    for a, b in zip(moved, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_inspect_tells_what_a_run_visits(tiny):
+    model, inputs, grid = long(tiny, "wan")
+    plan = AttentionPlan.from_dict(BOTH)
+    names = tuple(f"blocks.{number}.attn1" for number in range(3))
+    architecture = Architecture("wan", "transformer", "WanTransformer3DModel", names, 2, 16)
+    with sparsereel.sparsified(model, plan):
+        tiny.run(model, inputs)
+        assert inspect_plan(plan, grid, architecture).density == pytest.approx(sparsereel.report(model).density)
 
 
 # ------------------------------------------------------------------ modifiers

@@ -14,7 +14,7 @@ from sparsereel.plan_entries import Method
 from sparsereel.schedule import share_of
 from sparsereel.search.record import STEPS_EACH, Key, Recording, Study
 from sparsereel.selectors import Selector
-from sparsereel.token_order import BLOCK, GENERAL_TILE, MASKS, Tile, tile_order
+from sparsereel.token_order import BLOCK, GENERAL_TILE, MASKS, Tile, own_tile, tile_order
 from sparsereel_kernels import BlockMask, cost, dispatch
 from sparsereel_kernels.problem import Problem
 
@@ -193,7 +193,8 @@ class Pricing:
     def _density(self, pattern: Pattern, layout: Layout, tile: Tile | None) -> tuple[float, float]:
         key = (pattern, layout, tile)
         if key not in self._densities:
-            order: Permutation | None = None if tile is None else tile_order(layout, tile)
+            place = own_tile(pattern, decode(layout), tile)
+            order: Permutation | None = None if place is None else tile_order(layout, place)
             mask: BlockMask | None = MASKS.get((pattern,), decode(layout), block=BLOCK, order=order)
             self._densities[key] = (1.0, 1.0) if mask is None else (mask.density, mask.token_density)
         return self._densities[key]
