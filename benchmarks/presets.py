@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsereel import TokenGrid, presets
-from sparsereel.inspection import ORDERED
+from sparsereel.families import orders_tokens
 from sparsereel.patterns import Full, Pattern
 from sparsereel.plan_entries import Method
 from sparsereel.selectors import Selector
-from sparsereel.token_order import BLOCK, CALL_SAVING, MASKS, best_tile
+from sparsereel.token_order import BLOCK, MASKS, best_tile
 
 DOCS = Path(__file__).parents[1] / "docs" / "presets.md"
 #: the argument that is a selector's density, and whether it is only the least
@@ -59,7 +59,7 @@ def density_of(method: Method, grid: TokenGrid, family: str) -> tuple[float | No
     if isinstance(method, Full):
         return 1.0, False
     if isinstance(method, Pattern):
-        tile = best_tile({method: 1}, grid, saving=0.0 if family in ORDERED else CALL_SAVING)
+        tile = best_tile({method: 1}, grid, every_call=not orders_tokens(family))
         order = None if tile is None else grid.tile_order(tile)
         mask = MASKS.get((method,), grid, block=BLOCK, order=order)
         return (1.0 if mask is None else mask.density), False

@@ -113,7 +113,7 @@ def memory_part(given: argparse.Namespace) -> dict[str, Any]:
         result["old_to_new"] = old_to_new(long["turns"])
         low, middle, high = result["old_to_new"]
         print(
-            f"in turns, after {frames_of(long)} latent frames / just begun: {middle:.3f} of the time a chunk "
+            f"in turns, after {given.frames} latent frames / just begun: {middle:.3f} of the time a chunk "
             f"(95 % of resampled runs: {low:.3f} to {high:.3f})"
         )
     edge = TABLE_END // 3
@@ -138,10 +138,6 @@ def in_a_process(frames: int, given: argparse.Namespace) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def frames_of(run: dict[str, Any]) -> int:
-    return 3 * len(run["chunk_seconds"])
-
-
 def old_to_new(turns: dict[str, list[float]]) -> tuple[float, float, float]:
     """2.5 %, median and 97.5 % of the ratio of the medians over resampled turns."""
     old, new = np.array(turns["old"]), np.array(turns["new"])
@@ -156,17 +152,8 @@ def one_stream(frames: int, pixels: int) -> dict[str, Any]:
     pipe = minireel.load_causal()
 
     def begin() -> Iterator[Any]:
-        return iter(
-            sparsereel.stream(
-                pipe,
-                PROMPTS[0],
-                height=pixels,
-                width=pixels,
-                steps=2,
-                guidance=1.0,
-                method="streaming-llm",
-            )
-        )
+        size = {"height": pixels, "width": pixels}
+        return sparsereel.stream(pipe, PROMPTS[0], steps=2, guidance=1.0, method="streaming-llm", **size)
 
     stream = begin()
     found: dict[str, Any] = {"loaded": memory(), "chunk_seconds": [], "resident": [], "mean": [], "deviation": []}

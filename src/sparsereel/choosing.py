@@ -22,6 +22,7 @@ from sparsereel.token_order import BLOCK, MASKS, Tile, by_own_tile, from_tile_to
 from sparsereel_kernels.cost import expected_share
 
 if TYPE_CHECKING:
+    from sparsereel.extend.change import Change
     from sparsereel.runtime import ModelRuntime
 
 #: seconds of an operation of a selector over those of dense attention, on a CPU (benchmarks/selection.py: SparseD's
@@ -62,31 +63,17 @@ def choose(runtime: ModelRuntime, asked: Request) -> Choice | None:
     change = runtime.change(asked.layer, asked.layout, asked.q.device) if static else None
     tile = runtime.tile_of(asked.layout)
     moves = tile is None and (change is None or change.mixer is None)
-    padded = asked.key_lengths is not None
     if moves:
-        tile = runtime.call_tile(asked.layout, padded=padded)
+        tile = runtime.call_tile(asked.layout, padded=asked.key_lengths is not None)
     order = None if tile is None else tile_order(asked.layout, tile)
     if moves and order is not None and chosen:
         asked = replace(asked, q=order.apply(asked.q, 2), k=order.apply(asked.k, 2))
-    launches: list[Launch] = []
-    if static:
-        first = 0 if runtime.held_heads is None else runtime.held_heads.start
-        patterns = tuple(p.for_head(asked.layer.index, first + head) for head, p in static.items())
-        if change is not None:
-            patterns = tuple(change.within(p) for p in patterns)
-        numbers = tuple(static)
-        splits = change is None and not asked.one_mask and runtime.may_move(asked.layout, padded=padded)
-        groups = by_own_tile(patterns, decode(asked.layout), tile) if splits else {tile: list(range(len(patterns)))}
-        for place, members in groups.items():
-            together = tuple(patterns[number] for number in members)
-            everyone = len(members) == heads
-            launch = _static(asked, together, tile, place)
-            launches.append(launch if everyone else replace(launch, heads=tuple(numbers[number] for number in members)))
-        if not chosen and all(launch.mask is None for launch in launches):
-            return None
-    for selector, following in chosen.items():
-        everyone = len(following) == heads
-        launches.append(_selected(runtime, asked, selector, None if everyone else tuple(following), order))
+    launches = _static(runtime, asked, static, change, tile) if static else []
+    if not chosen and all(launch.mask is None for launch in launches):
+        return None
+    for selector, numbers in chosen.items():
+        everyone = len(numbers) == heads
+        launches.append(_selected(runtime, asked, selector, None if everyone else tuple(numbers), order))
     choice = replace(Choice.of(launches, heads), order=order if moves else None)
     compensation = runtime.plan.compensation
     if compensation is None:
@@ -95,15 +82,32 @@ def choose(runtime: ModelRuntime, asked: Request) -> Choice | None:
     return replace(choice, compensation=compensation, isolated=isolated, layer=asked.layer.index)
 
 
-def _static(asked: Request, patterns: tuple[Pattern, ...], tile: Tile | None, place: Tile | None) -> Launch:
-    """The launch of heads with these patterns in the order of `place`, of tokens that are in that of `tile`."""
-    layout, device = asked.layout, asked.q.device
-    order = None if place is None else tile_order(layout, place)
-    mask = MASKS.get(patterns, decode(layout), block=BLOCK, device=device, layer=asked.layer.index, order=order)
-    if mask is None or place == tile:
-        return Launch(None, mask)
-    index = from_tile_to(layout, tile, place, device)
-    return Launch(None, mask, Selection(mask, index, index))
+def _static(
+    runtime: ModelRuntime, asked: Request, static: dict[int, Pattern], change: Change | None, tile: Tile | None
+) -> list[Launch]:
+    """Launches of the heads with patterns, in a call whose tokens are in the order of `tile`: one for each order."""
+    layout, device, layer = asked.layout, asked.q.device, asked.layer.index
+    first = 0 if runtime.held_heads is None else runtime.held_heads.start
+    patterns = [pattern.for_head(layer, first + head) for head, pattern in static.items()]
+    splits = change is None and not asked.one_mask and runtime.may_move(layout, padded=asked.key_lengths is not None)
+    if change is not None:
+        patterns = [change.within(pattern) for pattern in patterns]
+    groups = by_own_tile(patterns, decode(layout), tile) if splits else {tile: list(range(len(patterns)))}
+    heads, launches = tuple(static), []
+    for place, members in groups.items():
+        together = tuple(patterns[number] for number in members)
+        order = None if place is None else tile_order(layout, place)
+        mask = MASKS.get(together, decode(layout), block=BLOCK, device=device, layer=layer, order=order)
+        index = None if mask is None or place == tile else from_tile_to(layout, tile, place, device)
+        everyone = len(members) == len(asked.methods)
+        launches.append(
+            Launch(
+                None if everyone else tuple(heads[number] for number in members),
+                mask,
+                None if mask is None or index is None else Selection(mask, index, index),
+            )
+        )
+    return launches
 
 
 def _selected(

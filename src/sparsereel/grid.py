@@ -96,7 +96,17 @@ class Permutation:
             raise ValueError(
                 f"the permutation has {len(self)} tokens, dimension {dim} of shape {tuple(x.shape)} does not"
             )
-        return x.index_select(dim, self.indices.to(x.device))
+        return x.index_select(dim, self.on(x.device))
+
+    def on(self, device: torch.device) -> Tensor:
+        """The indices on a device, copied there once: each copy to a GPU would wait for it."""
+        if device not in self._copies:
+            self._copies[device] = self.indices.to(device)
+        return self._copies[device]
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, Tensor]:
+        return {}
 
     @cached_property
     def digest(self) -> str:

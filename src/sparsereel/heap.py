@@ -21,10 +21,10 @@ VARIABLES = (
 def keep_freed_memory() -> bool:
     """Stop glibc from handing large freed blocks back to the system; True = it was told so.
 
-    By default every tensor of more than a few megabytes is mapped anew and its pages are faulted in one by one, layer
-    after layer, which can cost more than the arithmetic. The process then keeps the most it ever needed. Settings in
-    the environment (MALLOC_..., GLIBC_TUNABLES) win; other allocators and systems are left alone. The command line
-    calls this; a program of your own may, before its first pipeline call.
+    By default large tensors (over 32 MiB at the latest) are mapped anew, and their pages faulted in one by one, layer
+    after layer. The process then keeps the most it ever needed. Settings in the environment (MALLOC_...,
+    GLIBC_TUNABLES) win; other allocators and systems are left alone. The command line calls this; a program of your
+    own may, before its first pipeline call.
     """
     if not sys.platform.startswith("linux") or any(name in os.environ for name in VARIABLES):
         return False

@@ -14,18 +14,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from sparsereel.families import find
+from sparsereel.families import find, orders_tokens
 from sparsereel.files import replacing
 from sparsereel.grid import TokenGrid
 from sparsereel.patterns import Full, Pattern
 from sparsereel.plan import AttentionPlan, LayerPlan
-from sparsereel.token_order import BLOCK, CALL_SAVING, MASKS, Tile, best_tile, by_own_tile, own_tile
+from sparsereel.token_order import BLOCK, MASKS, Tile, best_tile, by_own_tile, own_tile
 from sparsereel_kernels import BlockMask, dispatch
 from sparsereel_kernels.cost import expected_share
 from sparsereel_kernels.problem import Problem
-
-#: families whose tokens are put in order once a forward
-ORDERED = ("wan",)
 
 
 @dataclass(frozen=True)
@@ -143,8 +140,8 @@ def inspect_plan(plan: AttentionPlan, grid: TokenGrid, model: Architecture, *, s
     elif any(layer.has_selectors for layer in layers):
         note = "selectors choose at run time: layers that hold any are counted as dense here"
     used = Counter(p for layer in layers for head in layer.heads for _, p in head if not isinstance(p, Full))
-    saving = 0.0 if model.family in ORDERED else CALL_SAVING
-    tile = best_tile(used, grid, saving=saving) if used and not short else None
+    every_call = not orders_tokens(model.family)
+    tile = best_tile(used, grid, every_call=every_call) if used and not short else None
     groups: list[HeadGroup] = []
     full = 4.0 * grid.seq_len**2 * model.head_dim
     for layer in layers:

@@ -81,19 +81,20 @@ def run_launches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, choice: Choi
     order = choice.order
     if order is not None:
         q, k, v = (order.apply(x, 2) for x in (q, k, v))
-        options["modifier"] = modifier_in_order(options.get("modifier"), order)
+        options["modifier"] = modifier_in_order(options.get("modifier"), order.on(q.device))
     out = _all_launches(q, k, v, choice, options)
     if order is not None:
         out = order.inverse.apply(out, 2)
     return out if choice.residual is None else out + choice.residual
 
 
-def modifier_in_order(modifier: Modifier | None, order: Permutation) -> Modifier | None:
-    """A modifier of the logits for queries and keys that were both put in `order`."""
+def modifier_in_order(modifier: Modifier | None, order: torch.Tensor) -> Modifier | None:
+    """A modifier of the logits for queries and keys that were both put in `order`, int64 (S,)."""
     if isinstance(modifier, KeyBias):
-        return KeyBias(order.apply(modifier.bias, modifier.bias.ndim - 1))
+        return KeyBias(modifier.bias.index_select(-1, order))
     if isinstance(modifier, FrameDecay):
-        return FrameDecay(order.apply(modifier.frame_of_q, 0), order.apply(modifier.frame_of_k, 0), modifier.table)
+        frames = (modifier.frame_of_q.index_select(0, order), modifier.frame_of_k.index_select(0, order))
+        return FrameDecay(*frames, modifier.table)
     return modifier
 
 

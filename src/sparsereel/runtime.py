@@ -31,7 +31,7 @@ from sparsereel.plan import AttentionPlan
 from sparsereel.plan_entries import Method
 from sparsereel.sparse_layer import SparseLayer, in_backward
 from sparsereel.step import StepInfo, StepSource, seed_of
-from sparsereel.token_order import CALL_SAVING, Tile, best_tile
+from sparsereel.token_order import Tile, best_tile
 from sparsereel_kernels import dispatch, run
 
 if TYPE_CHECKING:
@@ -212,8 +212,7 @@ class ModelRuntime(OrderSource):
         if layout not in self._tiles:
             grid = decode(layout)
             enough = grid.seq_len >= self.plan.schedule.min_tokens
-            saving = 0.0 if self.orders_tokens else CALL_SAVING
-            self._tiles[layout] = best_tile(self.methods(), grid, saving=saving) if enough else None
+            self._tiles[layout] = best_tile(self.methods(), grid, every_call=not self.orders_tokens) if enough else None
         return self._tiles[layout]
 
     def methods(self) -> Counter[Method]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsereel.families.layout import Layout
-from sparsereel.launches import Choice, run_launches
+from sparsereel.launches import Choice, modifier_in_order, run_launches
 from sparsereel.padding import bias_of
 from sparsereel.plan import LayerPlan
 from sparsereel.step import StepInfo
@@ -153,8 +153,8 @@ class SparseLayer:
             return sparse_attention(q, k, v, name, modifier=bias, **options)
         order, back = (torch.ops.sparsereel.token_order(q, list(layout), list(tile), way) for way in (False, True))
         q, k, v = (x.index_select(2, order) for x in (q, k, v))
-        bias = None if bias is None else KeyBias(bias.bias.index_select(-1, order))
-        return sparse_attention(q, k, v, name, modifier=bias, **options).index_select(2, back)
+        moved = modifier_in_order(bias, order)
+        return sparse_attention(q, k, v, name, modifier=moved, **options).index_select(2, back)
 
     def _attend_eager(
         self,

@@ -51,7 +51,7 @@ def outside_video(layout: Layout, tile: Tile | None) -> torch.Tensor:
     return outside if tile is None else outside[tile_order(layout, tile).indices]
 
 
-def best_tile(methods: Mapping[Method, int], grid: TokenGrid, *, saving: float = 0.0) -> Tile | None:
+def best_tile(methods: Mapping[Method, int], grid: TokenGrid, *, every_call: bool = False) -> Tile | None:
     """The tile whose order visits the fewest blocks, or None for the model's own order.
 
     Selectors choose blocks by the mean of their tokens, which says more where the tokens are near each other: they vote
@@ -59,14 +59,14 @@ def best_tile(methods: Mapping[Method, int], grid: TokenGrid, *, saving: float =
 
     Args:
         methods: how many heads follow each pattern or selector.
-        saving: share of the blocks visited in the model's own order that another has to save at least.
+        every_call: the order is put on in every call and not once a forward: it has to save CALL_SAVING of the blocks.
     """
     patterns = {method: heads for method, heads in methods.items() if isinstance(method, Pattern)}
     if 2 * sum(patterns.values()) < sum(methods.values()):
         return GENERAL_TILE if grid.seq_len > GENERAL_TILE[0] * GENERAL_TILE[1] * GENERAL_TILE[2] else None
     preferred = [pattern.preferred_tile(grid) for pattern in patterns]
     tiles = dict.fromkeys([tile for tile in preferred if tile is not None] + [GENERAL_TILE])
-    best, fewest = None, (1 - saving) * _visited(patterns, grid, None)
+    best, fewest = None, (1 - CALL_SAVING * every_call) * _visited(patterns, grid, None)
     for tile in tiles:
         visited = _visited(patterns, grid, grid.tile_order(tile))
         if visited < fewest:

@@ -58,7 +58,7 @@ def test_moved_calls_equal_dense_under_the_token_mask(tiny, name):
 @pytest.fixture
 def in_grid_order(monkeypatch):
     """A switch: no order saves enough any more."""
-    return lambda: monkeypatch.setattr("sparsereel.runtime.CALL_SAVING", 1.0)
+    return lambda: monkeypatch.setattr("sparsereel.token_order.CALL_SAVING", 1.0)
 
 
 def gradients(model, inputs):

@@ -22,7 +22,7 @@ from sparsereel.families.stable_diffusion import StableDiffusion, VideoUNet
 from sparsereel.families.wan import Wan
 from sparsereel.families.wan_like import AnyFlow, ChronoEdit, Cosmos, SkyReelsV2, WanAnimate
 
-__all__ = ["FAMILIES", "REFUSED", "Family", "find", "models_of", "register", "unwrap"]
+__all__ = ["FAMILIES", "REFUSED", "Family", "find", "models_of", "orders_tokens", "register", "unwrap"]
 
 #: video models, then image models; `register` adds to it
 FAMILIES: list[Family] = [
@@ -55,6 +55,11 @@ def register(family: Family) -> None:
     if any(known.name == family.name for known in FAMILIES):
         raise ValueError(f"a family named {family.name!r} is registered already; give yours another name")
     FAMILIES.insert(0, family)
+
+
+def orders_tokens(name: str) -> bool:
+    """Whether the family of that name puts tokens in order once a forward."""
+    return any(family.orders_tokens for family in FAMILIES if family.name == name)
 
 
 def unwrap(model: Any) -> Any:

@@ -69,6 +69,11 @@ class Family(ABC):
         """
         return []
 
+    @property
+    def orders_tokens(self) -> bool:
+        """Whether tokens are put in order once a forward; elsewhere every call moves its own."""
+        return type(self).install_order is not Family.install_order
+
     def heads(self, module: nn.Module) -> int:
         """Number of attention heads of one layer."""
         return int(module.heads)  # type: ignore[arg-type]

@@ -23,11 +23,11 @@ from sparsereel_kernels.problem import Problem
 SELECTION_PACE = 16.0
 
 #: Seconds that a selection and the launch of its own take however short the sequence is, by device. Measured on two
-#: cores: 1 ms (block_topk) to 2.7 ms (spargeattn) for the selection and about 1 ms for the launch; on GPUs some forty
-#: small kernels. Every head pays it as if it were alone, so a plan never costs more than it says.
+#: cores: 1 ms (block_topk) to 2.7 ms (spargeattn) for the selection and about 1 ms for the launch; elsewhere (some
+#: forty small kernels) an estimate. Every head pays it as if it were alone: sharing a launch only makes it cheaper.
 LAUNCH_SECONDS = {"cpu": 2.5e-3}
 LAUNCH_SECONDS_ELSEWHERE = 4e-4
-#: operations a second of dense attention, where no table says
+#: operations a second of dense attention, where no table says: rough, to weigh a launch against a call
 PACE = {"cpu": 6e10}
 PACE_ELSEWHERE = 2e14
 

@@ -14,7 +14,7 @@ from sparsereel.plan_entries import Choice, LayerEntry, LayerKey, LayerPlan, Met
 from sparsereel.schedule import Schedule
 from sparsereel.search.costs import Item
 from sparsereel.search.record import Study
-from sparsereel.token_order import CALL_SAVING, Tile, best_tile
+from sparsereel.token_order import Tile, best_tile
 
 #: what a head does in each stretch of steps, as numbers of candidates
 Course = tuple[int, ...]
@@ -116,7 +116,7 @@ def tile_of(study: Study, plan: AttentionPlan) -> Tile | None:
         if not isinstance(method, Full)
     )
     largest = max(grids, key=lambda grid: grid.seq_len)
-    return best_tile(uses, largest, saving=0.0 if study.facts.ordered else CALL_SAVING) if uses else None
+    return best_tile(uses, largest, every_call=not study.facts.ordered) if uses else None
 
 
 def resolved(study: Study, plan: AttentionPlan, component: str) -> list[LayerPlan]:

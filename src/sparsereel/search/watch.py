@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from sparsereel.families import find, models_of
-from sparsereel.families.base import Family
 from sparsereel.families.layout import Layout
 from sparsereel.generation import Request
 from sparsereel.inject import injection_of, sparsified
@@ -117,7 +116,7 @@ def look(pipe: Any, request: Request, backend: str) -> ModelFacts:
     total, dtype, device = seen[0]
     models = models_of(pipe)
     _add_twins(layers, models)
-    ordered = all(type(f).install_order is not Family.install_order for f in map(find, models.values()) if f)
+    ordered = all(family.orders_tokens for family in map(find, models.values()) if family)
     return ModelFacts(_spec(models), layers, total, ordered, dtype, device, fingerprint(models))
 
 
