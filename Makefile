@@ -11,6 +11,8 @@ PIP_ARGS ?=
 # glibc gives large blocks back to the kernel after every use; the page faults cost more than the arithmetic.
 TUNED = MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456 \
         MALLOC_ARENA_MAX=2
+# A process a core; files stay whole, since what is costly to set up is shared within one.
+PARALLEL = -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test test-slow lint bench clean
 .DELETE_ON_ERROR:
@@ -26,7 +28,7 @@ demo: $(VENV)/ready
 	$(TUNED) $(BIN)/python -m sparsereel.demo
 
 test: $(VENV)/ready
-	$(TUNED) $(BIN)/python -m pytest -q
+	$(TUNED) $(BIN)/python -m pytest -q $(PARALLEL)
 
 test-slow: $(VENV)/ready
 	$(TUNED) $(BIN)/python -m pytest -q -m slow

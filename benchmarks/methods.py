@@ -14,8 +14,9 @@ that leaves the first tenth of the steps dense (none at the large size, where a 
 in fp32 so that PSNR is not that of rounding. Columns: PSNR and SSIM against the dense clips, the share of judged
 features that are right, seconds of a clip, and dense seconds over these.
 
-`searched` is a plan of `sparsereel.search` whose sparse steps have that mean density, found on four other prompts and
-seeds. At the end every other row is set beside the best searched plan that spends no more seconds in attention.
+`searched` is a plan of `sparsereel.search` whose sparse steps have that mean density, `searched_time` one whose
+attention is to take that share of the dense seconds; both are found on four other prompts and seeds. At the end every
+other row is set beside the best searched plan that spends no more seconds in attention.
 """
 
 from __future__ import annotations
@@ -105,6 +106,8 @@ SELECTORS: dict[str, Callable[[float], Selector]] = {
 }
 SEARCHED = "searched"
 SEARCHED_DENSITIES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.55)
+SEARCHED_TIME = "searched_time"
+SEARCHED_SHARES = (0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9)
 RECORDED_PROMPTS = 4
 #: compensations are compared on one selector and one pattern
 COMPENSATED = ("block_topk", "spatial")
@@ -136,7 +139,7 @@ class Job:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line; argparse exits with 2 on wrong use."""
-    names = [*PATTERNS, *SELECTORS, SEARCHED]
+    names = [*PATTERNS, *SELECTORS, SEARCHED, SEARCHED_TIME]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="densities 0.1, 0.2, 0.4; four clips of 20 steps")
     parser.add_argument("--size", choices=("native", "large"), default="native")
@@ -162,12 +165,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
     """All rows that were asked for: methods, then compensations, then kept sinks."""
-    single = [name for name in options.only if name != SEARCHED]
+    single = [name for name in options.only if name not in (SEARCHED, SEARCHED_TIME)]
     rows = [Job(name, density) for density in options.densities for name in single]
     if options.size == "native":
         if SEARCHED in options.only:
             densities = SEARCHED_DENSITIES if options.full else options.densities
             rows = [*(Job(SEARCHED, density) for density in densities), *rows]
+        if SEARCHED_TIME in options.only and options.full:
+            rows = [*(Job(SEARCHED_TIME, share) for share in SEARCHED_SHARES), *rows]
         chosen = [name for name in COMPENSATED if name in options.only]
         least = min(options.densities)
         rows += [Job(name, least, method) for name in chosen for method in COMPENSATIONS]
@@ -277,13 +282,20 @@ def plan_for(job: Job, method: Method, size: str) -> AttentionPlan:
     return AttentionPlan.uniform(method, dense_first=first, compensation=job.compensation, keep_sinks=job.keep_sinks)
 
 
-def search_at(density: float, pipe: Any, options: argparse.Namespace) -> tuple[AttentionPlan, Row]:
-    """A searched plan of that density in its sparse steps, and its forecast; recorded on other prompts and seeds."""
+def search_at(job: Job, dense: Row, pipe: Any, options: argparse.Namespace) -> tuple[AttentionPlan, Row]:
+    """A searched plan of that density in its sparse steps, or whose attention takes that share of the dense seconds.
+
+    Recorded on other prompts and seeds. Returns the plan and its forecast.
+    """
     prompts = prompts_for(minireel.NATIVE, options.clips + RECORDED_PROMPTS, 0.0)[options.clips :]
     first = max(1, round(DENSE_FIRST * options.steps)) / options.steps
     folder = Path("out/methods") / f"recording-{options.clips}-{options.steps}"
+    goal: dict[str, Any] = {"budget": first + (1 - first) * job.density}
+    if job.name == SEARCHED_TIME:
+        seconds = dense["seconds"] - (1 - job.density) * dense["attention_seconds"]
+        goal = {"target_speedup": dense["seconds"] / seconds}
     found = sparsereel.search(
-        pipe, prompts, budget=first + (1 - first) * density, held_out=0, seed=options.clips, steps=options.steps,
+        pipe, prompts, **goal, held_out=0, seed=options.clips, steps=options.steps,
         dense_first=DENSE_FIRST, folder=folder, progress=False,
     )  # fmt: skip
     return found.plan, {"predicted_seconds": found.predicted.seconds, "predicted_psnr": found.predicted.psnr}
@@ -306,11 +318,11 @@ def measure(job: Job, plan: AttentionPlan, setting: str, pipe: Any, requests: li
 
 def margins(rows: list[Row]) -> dict[str, float]:
     """dB that the best searched plan of no more attention seconds has over each other row, where there is one."""
-    searched = [row for row in rows if row["method"] == SEARCHED]
+    searched = [row for row in rows if row["method"] in (SEARCHED, SEARCHED_TIME)]
     found = {}
     for row in rows:
         within = [s["psnr"] for s in searched if s["attention_seconds"] <= row["attention_seconds"]]
-        if row["method"] != SEARCHED and within:
+        if row["method"] not in (SEARCHED, SEARCHED_TIME) and within:
             extra = row["compensation"] or ("first frame" if row["keep_sinks"] else "")
             found[" + ".join(filter(None, [f"{row['method']} {row['target']:g}", extra]))] = max(within) - row["psnr"]
     return found
@@ -347,10 +359,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     prompts = prompts_for(size, options.clips, 0.0)
     requests = [Request(p, i, options.steps, size.guidance, **shape) for i, p in enumerate(prompts)]
     generate(pipe, replace(requests[0], steps=2))  # the first clip of a process pays for kernels and memory
-    dense = [generate(pipe, request) for request in requests]
+    dense = [generate(pipe, request, profile=True) for request in requests]
     base = statistics.median(clip.seconds for clip in dense)
     label = f"{options.clips} x {options.steps}"
-    found["dense"][label] = {"seconds": base, "judge": judged(dense, prompts), "load_average": os.getloadavg()[0]}
+    found["dense"][label] = {
+        "seconds": base,
+        "attention_seconds": statistics.median(clip.attention_seconds or 0.0 for clip in dense),
+        "judge": judged(dense, prompts),
+        "load_average": os.getloadavg()[0],
+    }
     found["environment"] = environment()
     print(f"{options.size}, {size.tokens} tokens, {label} steps, {options.threads} threads; dense {base:.1f} s a clip")
     print(f"{'method':44} {'density':>7} {'PSNR':>6} {'SSIM':>6} {'judge':>6} {'s':>6} {'ratio':>6}")
@@ -364,8 +381,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             print(f"{options.minutes:g} minutes are over, {len(pending) - number} rows are left; run it again to go on")
             break
         forecast: Row = {}
-        if job.name == SEARCHED:
-            plan, forecast = search_at(job.density, pipe, options)
+        if job.name in (SEARCHED, SEARCHED_TIME):
+            plan, forecast = search_at(job, found["dense"][label], pipe, options)
             setting = "a pattern a head"
         else:
             known = job.name in PATTERNS

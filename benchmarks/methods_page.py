@@ -184,7 +184,7 @@ def against_searched(margins: dict[str, float]) -> list[str]:
     below = sorted((value, name) for name, value in margins.items() if value <= 0)
     above = len(margins) - len(below)
     text = (
-        f"`searched` (its best plan of no more seconds in attention) against every row that spends as many or more: "
+        f"The best searched plan of no more seconds in attention against every row that spends as many or more: "
         f"above {above} of {len(margins)}, by {statistics.median(margins.values()):.1f} dB in the middle."
     )
     if below:
@@ -203,6 +203,7 @@ def measured(title: str, results: dict[str, Any]) -> list[str]:
         figures = f"{dense['seconds']:.1f} s a clip, judge {dense['judge']:.3f}, load {dense['load_average']:.1f}"
         lines.append(f"{label} steps: {figures}.")
     lines += [
+        "`searched_time` wants a share of the dense seconds in attention; every other row a density.",
         "With a load well above 2 other work shared the two cores: seconds are then high, ratios rough, PSNR exact.",
         "Blocks of 128 x 64 on 1,296 tokens are coarse: where a method cannot match the density, `density` says so.\n",
         *([] if "large" in title else [LOST]),

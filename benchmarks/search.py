@@ -1,23 +1,29 @@
-"""Searched plans against presets and single patterns of the same predicted cost, on prompts that were not recorded.
+"""Searched plans against presets, patterns and selectors that spend the same seconds in attention.
 
     python benchmarks/search.py --json benchmarks/results/search.json
-    python benchmarks/search.py --budgets 0.5 --prompts 4 --held-out 1 --folder out/search
-    python benchmarks/search.py --budgets --rank 10                  # only how well predictions rank plans
+    python benchmarks/search.py --shares 0.6 --prompts 4 --held-out 1 --folder out/search
+    python benchmarks/search.py --shares --rank 10                  # only how well predictions rank plans
+    python benchmarks/search.py --json FILE --docs docs/search.md   # the page from figures measured before
 
-For each budget (a mean density) the model in the box is searched; the recording is made once. Every rival is one
-pattern or preset in all heads, given exactly the same mean density by leaving first steps dense: the steps that matter
-most, so the comparison leans towards the rivals. A rival that is denser than the budget without any dense step is left
-out. Columns: density as measured, PSNR and SSIM against the dense clip (means), the share of clips that the judge finds
-sound, seconds of a clip and in its self-attention, and for searched plans the seconds and PSNR predicted beforehand.
+For each share (of the seconds that a clip's attention takes dense on our kernels) the model in the box is searched; the
+recording is made once, the prompts that are measured are not in it. Every rival is one pattern, selector or preset in
+all heads. One clip tells what its sparse step costs; then it is given as many dense first steps as fill the share,
+rounded up: the steps that matter most, and never less time than its due. A rival that is slower than the share without
+any dense step is left out. Columns: density, PSNR and SSIM against the dense clips (means), the share of clips that the
+judge finds sound, seconds of a clip and in its self-attention (medians), and for searched plans the seconds and PSNR
+predicted beforehand. At the end each share's searched plan is set beside the best rival.
 
-`--rank N` takes N searched plans of budgets from 0.2 to 0.95 and compares predicted errors with measured PSNR (rank
-correlation) and predicted with measured seconds. Budgets below what the dense first steps take are left out.
+`--rank N` takes N searched plans of densities from 0.2 to 0.95 and compares predicted errors with measured PSNR (rank
+correlation) and predicted with measured seconds. Densities below what the dense first steps take are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,29 +31,32 @@ from typing import Any
 import torch
 
 import sparsereel
-from sparsereel import AttentionPlan, TokenGrid, generation, minireel
+from sparsereel import AttentionPlan, generation, minireel
 from sparsereel.files import write_json
 from sparsereel.generation import Clip, Request, environment, generate
-from sparsereel.inspection import architecture_of, inspect_plan
 from sparsereel.minireel.scorecard import prompts_for
-from sparsereel.patterns import Neighborhood, Radial, Sink, Spatial, Temporal
+from sparsereel.patterns import Diagonal, Full, Neighborhood, Radial, Sink, Spatial, Temporal
 from sparsereel.plan_entries import Method
 from sparsereel.search.candidates import general_presets
 from sparsereel.search.result import SearchResult
-from sparsereel.selectors import BlockTopk
+from sparsereel.selectors import BlockTopk, Spargeattn, Svg
 
 SINGLES: dict[str, Method] = {
     "radial 0.2": Radial(0.2),
+    "spatial 0 + sink": Spatial(0) | Sink(1),
     "spatial 1": Spatial(1),
     "temporal 0.2 + sink": Temporal(0.2) | Sink(1),
     "neighborhood 0.6": Neighborhood((0.6, 0.6, 0.6)),
+    "diagonal 0.15": Diagonal(0.15),
     "block_topk 0.2": BlockTopk(0.2),
     "block_topk 0.4": BlockTopk(0.4),
+    "spargeattn 0.3": Spargeattn(density=0.3),
+    "svg 0.13": Svg(density=0.13),
 }
 
 
 def rivals() -> dict[str, AttentionPlan]:
-    """Every preset and single pattern, without a schedule."""
+    """Every general preset and the single methods, without a schedule."""
     plans = {f"preset {name}": plan for name, plan in general_presets().items()}
     plans |= {name: AttentionPlan.uniform(method) for name, method in SINGLES.items()}
     return {
@@ -56,21 +65,15 @@ def rivals() -> dict[str, AttentionPlan]:
     }
 
 
-def density_of(name: str, plan: AttentionPlan, grid: TokenGrid) -> float:
-    """Density of a plan without a schedule; selectors keep what they are told, rounded up to blocks."""
-    method = SINGLES.get(name)
-    if isinstance(method, BlockTopk):
-        blocks = -(-grid.seq_len // 64)
-        return -(-round(method.density * blocks * 1000) // 1000) / blocks
-    return inspect_plan(plan, grid, architecture_of(minireel.WEIGHTS)).density
+def dense_steps(sparse: float, dense: float, seconds: float, steps: int) -> int | None:
+    """Dense first steps that fill `seconds`, rounded up; None where no dense step is too slow already.
 
-
-def at_budget(plan: AttentionPlan, density: float, budget: float, steps: int) -> AttentionPlan | None:
-    """The plan with so many dense first steps that its mean density is the budget, rounded to whole steps."""
-    if density > budget + 0.02:
+    Args:
+        sparse, dense: Seconds in attention of a whole clip without and with nothing but dense steps.
+    """
+    if sparse >= dense or sparse > 1.03 * seconds:
         return None
-    dense = max(0, round(steps * (budget - density) / (1 - density)))
-    return plan.with_schedule(dense_first=dense)
+    return min(steps, math.ceil(max(0.0, steps * (seconds - sparse) / (dense - sparse))))
 
 
 def scored(dense: list[Clip], clips: list[Clip], prompts: list[str]) -> dict[str, float]:
@@ -88,8 +91,8 @@ def scored(dense: list[Clip], clips: list[Clip], prompts: list[str]) -> dict[str
         "sound": statistics.mean(
             float(judge.score(c.frames, prompt).sound) for c, prompt in zip(clips, prompts, strict=True)
         ),
-        "seconds": statistics.mean(clip.seconds for clip in clips),
-        "attention_seconds": statistics.mean(clip.attention_seconds or 0.0 for clip in clips),
+        "seconds": statistics.median(clip.seconds for clip in clips),
+        "attention_seconds": statistics.median(clip.attention_seconds or 0.0 for clip in clips),
     }
 
 
@@ -103,12 +106,19 @@ def compare(arguments: argparse.Namespace) -> None:
     held_out = prompts[-count:]
     first = arguments.prompts - count
     requests = [Request(text, seed=first + n, **size) for n, text in enumerate(held_out)]
-    grid = TokenGrid((size["frames"] - 1) // 4 + 1, size["height"] // 8, size["width"] // 8)
     generate(pipe, requests[0])
     dense = [generate(pipe, request, profile=True) for request in requests]
-    print(f"{held_out}: dense {statistics.mean(c.seconds for c in dense):.1f} s a clip, grid {grid}", flush=True)
+    whole = AttentionPlan.uniform(Full())
+    own = statistics.median(
+        generate(pipe, request, whole, profile=True).attention_seconds or 0.0 for request in requests
+    )
+    print(
+        f"{held_out}: dense {statistics.median(c.seconds for c in dense):.1f} s a clip, of it in attention "
+        f"{statistics.median(c.attention_seconds or 0.0 for c in dense):.2f}, on our kernels {own:.2f}",
+        flush=True,
+    )
     header = (
-        "budget",
+        "share",
         "contender",
         "density",
         "PSNR",
@@ -129,6 +139,7 @@ def compare(arguments: argparse.Namespace) -> None:
         "held_out": held_out,
         "dense_seconds": [clip.seconds for clip in dense],
         "dense_attention_seconds": [clip.attention_seconds for clip in dense],
+        "dense_attention_seconds_on_our_kernels": own,
         "rows": rows,
     }
 
@@ -138,32 +149,38 @@ def compare(arguments: argparse.Namespace) -> None:
         if arguments.json:
             write_json(arguments.json, facts)
 
-    def searched(budget: float, measured: int) -> SearchResult:
-        return sparsereel.search(
-            pipe, prompts[: first + measured], budget=budget, held_out=measured, folder=arguments.folder,
-            progress=False, **size,
-        )  # fmt: skip
+    def searched(**goal: Any) -> SearchResult:
+        rest = {"held_out": 0, "folder": arguments.folder, "progress": False}
+        return sparsereel.search(pipe, prompts[:first], **goal, **rest, **size)
 
-    for budget in arguments.budgets:
-        found = searched(budget, count)
+    plain = {}
+    for name, plan in rivals().items() if arguments.shares else ():
+        plain[name] = generate(pipe, requests[0], plan, profile=True).attention_seconds or 0.0
+    total = statistics.median(clip.seconds for clip in dense)
+    attention = statistics.median(clip.attention_seconds or 0.0 for clip in dense)
+    for share in arguments.shares:
+        found = searched(target_speedup=total / (total - attention + share * own))
         predicted = {"predicted_seconds": found.predicted.seconds, "predicted_psnr": found.predicted.psnr}
         clips = [generate(pipe, request, found.plan, profile=True) for request in requests]
-        add({"budget": budget, "contender": "searched", **scored(dense, clips, held_out), **predicted})
+        add({"share": share, "contender": "searched", **scored(dense, clips, held_out), **predicted})
         for name, plan in rivals().items():
-            equal = at_budget(plan, density_of(name, plan, grid), budget, size["steps"])
-            if equal is None:
+            filled = dense_steps(plain[name], own, share * own, size["steps"])
+            if filled is None:
                 continue
+            equal = plan.with_schedule(dense_first=filled)
             clips = [generate(pipe, request, equal, profile=True) for request in requests]
-            add({"budget": budget, "contender": name, **scored(dense, clips, held_out)})
+            row = scored(dense, clips, held_out)
+            add({"share": share, "contender": name, "dense_first": filled, **row})
+        print(beside(rows, share), flush=True)
     if arguments.rank:
         facts["ranking"] = ranked = []
         for number in range(arguments.rank):
             budget = 0.2 + 0.75 * number / max(1, arguments.rank - 1)
-            found = searched(budget, 0)
+            found = searched(budget=budget)
             clips = [generate(pipe, request, found.plan, profile=True) for request in requests]
             predicted = {"predicted_seconds": found.predicted.seconds, "predicted_psnr": found.predicted.psnr}
-            row = {"budget": budget, "contender": "searched, not measured before", **scored(dense, clips, held_out)}
-            ranked.append({**row, **predicted, "predicted_error": found.predicted.error})
+            figures = {**scored(dense, clips, held_out), **predicted, "predicted_error": found.predicted.error}
+            ranked.append({"share": budget, "contender": "searched, by density", **figures})
             _print(ranked[-1])
         facts |= agreement(ranked)
         print(
@@ -172,6 +189,19 @@ def compare(arguments: argparse.Namespace) -> None:
         )
         if arguments.json:
             write_json(arguments.json, facts)
+
+
+def beside(rows: list[dict[str, Any]], share: float) -> str:
+    """The searched plan of a share and the best rival."""
+    mine = next(row for row in rows if row["share"] == share and row["contender"] == "searched")
+    others = [row for row in rows if row["share"] == share and row["contender"] != "searched"]
+    if not others:
+        return f"{share:.2f}: no rival is as fast"
+    best = max(others, key=lambda row: float(row["psnr"]))
+    return (
+        f"{share:.2f}: searched {mine['psnr']:.1f} dB in {mine['attention_seconds']:.2f} s, the best rival "
+        f"{best['contender']} {best['psnr']:.1f} dB in {best['attention_seconds']:.2f} s"
+    )
 
 
 def agreement(ranked: list[dict[str, Any]]) -> dict[str, float]:
@@ -194,7 +224,7 @@ def agreement(ranked: list[dict[str, Any]]) -> dict[str, float]:
 def _print(row: dict[str, Any]) -> None:
     seconds, psnr = row.get("predicted_seconds"), row.get("predicted_psnr")
     print(
-        f"{row['budget']:6.2f}  {row['contender']:24}{row['density']:8.3f}{row['psnr']:8.2f}{row['ssim']:8.3f}"
+        f"{row['share']:6.2f}  {row['contender']:24}{row['density']:8.3f}{row['psnr']:8.2f}{row['ssim']:8.3f}"
         f"{row['sound']:7.2f}{row['seconds']:9.1f}{row['attention_seconds']:11.2f}"
         + (f"{seconds:13.1f}{psnr:8.1f}" if seconds is not None else f"{'-':>13}{'-':>8}"),
         flush=True,
@@ -204,7 +234,7 @@ def _print(row: dict[str, Any]) -> None:
 def main() -> None:
     native = minireel.NATIVE
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--budgets", type=float, nargs="*", default=[0.3, 0.5, 0.7])
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.45, 0.6, 0.8])
     parser.add_argument("--rank", type=int, default=0, metavar="N", help="also compare N plans with their predictions")
     parser.add_argument("--dtype", choices=generation.DTYPES, default="fp32")
     parser.add_argument("--prompts", type=int, default=6, help="of minireel's fixed list, held-out ones included")
@@ -216,7 +246,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the recording is kept (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--docs", type=Path, metavar="PAGE", help="write the figures of --json into this page and stop")
     arguments = parser.parse_args()
+    if arguments.docs:
+        sys.path.insert(0, str(Path(__file__).parent))
+        import search_page
+
+        if arguments.json is None:
+            parser.error("--docs needs --json: the file that holds the figures")
+        search_page.put(arguments.docs, json.loads(arguments.json.read_text(encoding="utf-8")))
+        return
     if not 0 < arguments.held_out < arguments.prompts:
         parser.error("--held-out must be at least 1 and fewer than --prompts")
     if arguments.threads:

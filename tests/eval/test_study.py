@@ -205,17 +205,8 @@ def test_cost_is_of_every_step_but_the_first():
     assert found == {"n": 3, "median": 2.0, "quartiles": [1.5, 2.5]}
 
 
-def wait_for(tab, condition: str) -> None:
-    """Wait until a condition holds on the page, whose policy forbids Playwright's own way of asking again and again."""
-    for _ in range(100):
-        if tab.evaluate(condition):
-            return
-        tab.wait_for_timeout(100)
-    raise AssertionError(f"never came true: {condition}")
-
-
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_the_report_sorts_and_plays(study):
+def test_the_report_sorts_and_plays(study, wait_for):
     sync = pytest.importorskip("playwright.sync_api")
     folder, _, result = study
     with sync.sync_playwright() as started:

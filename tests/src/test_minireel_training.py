@@ -13,6 +13,7 @@ from sparsereel import minireel
 from sparsereel.arithmetic import arithmetic
 from sparsereel.minireel import train
 from sparsereel.minireel.training import checkpoint, loop, stages, vae_stage
+from sparsereel.minireel.training.adapter_stage import AdapterTrainer
 from sparsereel.minireel.training.architecture import build_text_encoder, build_tokenizer, build_transformer, build_vae
 from sparsereel.minireel.training.attention import use_kernels
 from sparsereel.minireel.training.clip_sets import ClipSet, EncodedSet, encode_set, tokenise
@@ -27,15 +28,24 @@ from sparsereel_eval.digits import WORDS
 CLIPS = ClipSet("tiny", count=3, frames=5, height=32, width=32, two=0.0, seed=0)
 
 
-def tiny_trainer(seed: int = 0, **portion) -> TransformerTrainer:
+def tiny_trainer(seed: int = 0, rank: int | None = None, **portion) -> TransformerTrainer:
     torch.manual_seed(0)
     # Plain latents, a value a channel: what a tiny network can learn in seconds.
     latents = torch.randn(1, 16, 1, 1, 1).expand(3, 16, 2, 4, 4).half()
     data = EncodedSet(CLIPS, latents, *tokenise([clip.prompt for clip in CLIPS.clips()]))
-    stage = Stage("tiny", 1, (Portion(CLIPS, batch=2, share=1.0, **portion),), 1e-3, 1e-3, 0.5, held_out=CLIPS)
-    return TransformerTrainer(
-        stage, {"tiny": data}, build_transformer(layers=1, heads=2, head_dim=16), build_text_encoder(1), seed
-    )
+    stage = Stage("tiny", 1, (Portion(CLIPS, batch=2, share=1.0, **portion),), 1e-3, 1e-3, 0.5, CLIPS, rank=rank)
+    transformer = build_transformer(layers=1, heads=2, head_dim=16)
+    if rank is None:
+        return TransformerTrainer(stage, {"tiny": data}, transformer, build_text_encoder(1), seed)
+    # A fresh model's last layer is zero, and an adapter leaves it alone: nothing before it would learn.
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    return AdapterTrainer(stage, {"tiny": data}, transformer, build_text_encoder(1), seed)
+
+
+def tiny_adapter_trainer() -> AdapterTrainer:
+    trainer = tiny_trainer(rank=2)
+    assert isinstance(trainer, AdapterTrainer)
+    return trainer
 
 
 def tiny_vae_trainer() -> VaeTrainer:
@@ -43,7 +53,7 @@ def tiny_vae_trainer() -> VaeTrainer:
     return VaeTrainer(build_vae(width=8), render_pool(2, seed=0))
 
 
-@pytest.mark.parametrize("make", [tiny_trainer, tiny_vae_trainer])
+@pytest.mark.parametrize("make", [tiny_trainer, tiny_adapter_trainer, tiny_vae_trainer])
 def test_an_interrupted_run_resumes_exactly(make, tmp_path, monkeypatch):
     monkeypatch.setattr(vae_stage, "CROPS", ((1.01, ((32, 1, 2), (32, 5, 1))),))
     straight = make()
@@ -91,6 +101,67 @@ def test_training_lowers_the_loss():
         trainer.step(index / 60)
     after = trainer.held_out_loss(data)
     assert all(after[level] < before[level] for level in before)
+
+
+def test_gradients_of_an_adapter_are_those_of_its_factors():
+    """Against autograd through W + up @ down, after an update, when neither factor is zero."""
+    trainer = tiny_adapter_trainer()
+    for _ in range(2):
+        trainer.step(0.0)
+    generator = trainer.generator.get_state()
+    trainer.worker.zero_grad(set_to_none=True)
+    trainer._loss(trainer.stage.portions[0]).backward()
+    trainer._collect_gradients()
+    down, up = ([x.detach().clone().requires_grad_() for x in factors] for factors in (trainer.down, trainer.up))
+    names = [f"{name}.weight" for name in trainer.names]
+    merged = {
+        name: (base + b @ a).to(arithmetic())
+        for name, base, a, b in zip(names, trainer.untouched, down, up, strict=True)
+    }
+    trainer.generator.set_state(generator)
+    worker = trainer.worker
+
+    class Merged:
+        """The worker as a function of the merged weights, for `flow_loss`."""
+
+        def __enter__(self):
+            self.kept = {}
+            for name, weight in merged.items():
+                owner = worker.get_submodule(name.removesuffix(".weight"))
+                self.kept[name] = owner._parameters.pop("weight")
+                owner.weight = weight
+
+        def __exit__(self, *_):
+            for name, weight in self.kept.items():
+                owner = worker.get_submodule(name.removesuffix(".weight"))
+                del owner.weight
+                owner._parameters["weight"] = weight
+
+    with Merged():
+        trainer._loss(trainer.stage.portions[0]).backward()
+    bound = {"rtol": 1e-4, "atol": 1e-7} if arithmetic() == torch.float32 else {"rtol": 0.05, "atol": 1e-4}
+    for ours, theirs in zip((*trainer.down, *trainer.up), (*down, *up), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, **bound)
+    assert sum(bool(factor.grad.any()) for factor in trainer.up) > len(trainer.up) // 2
+
+
+def test_an_adapter_starts_at_the_model_and_leaves_the_rest_alone():
+    trainer = tiny_adapter_trainer()
+    before = {name: p.detach().clone() for name, p in trainer.transformer.named_parameters()}
+    words = copy.deepcopy(trainer.text_encoder.state_dict())
+    trainer._refresh_worker()
+    for name, parameter in trainer.transformer.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    trainer.step(0.0)
+    moved = {name for name, p in trainer.transformer.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {f"{name}.weight" for name in trainer.names}
+    assert all(torch.equal(value, words[name]) for name, value in trainer.text_encoder.state_dict().items())
+
+
+def test_an_adapter_needs_a_rank():
+    trainer = tiny_trainer()
+    with pytest.raises(ValueError, match="trains no adapter"):
+        AdapterTrainer(trainer.stage, trainer.sets, trainer.transformer, trainer.text_encoder)
 
 
 def test_kept_tokens_see_what_the_whole_model_sees():
@@ -229,8 +300,9 @@ def test_checkpoints_are_replaced_whole(tmp_path):
 
 def test_stages_end_in_a_pipeline_folder(tmp_path, monkeypatch):
     """The command from a folder of weights: every stage with tiny sets; the result loads and runs."""
-    for name in ("TRANSFORMER", "LARGE"):
-        stage = Stage(name.lower(), 1, (Portion(CLIPS, batch=2, share=1.0, keep_frames=1),), 1e-3, 1e-3, 0.5, CLIPS)
+    for name, rank in (("TRANSFORMER", None), ("LARGE", 2)):
+        portion = Portion(CLIPS, batch=2, share=1.0, keep_frames=1)
+        stage = Stage(name.lower(), 1, (portion,), 1e-3, 1e-3, 0.5, CLIPS, rank=rank)
         monkeypatch.setattr(stages.recipe, name, stage)
     nine = replace(CLIPS, name="nine", count=2, frames=33)
     for name in ("CAUSAL_SMALL", "CAUSAL"):
@@ -244,6 +316,14 @@ def test_stages_end_in_a_pipeline_folder(tmp_path, monkeypatch):
     pipeline.set_progress_bar_config(disable=True)
     video = pipeline("a red 3 on navy", height=32, width=32, num_frames=5, num_inference_steps=1).frames
     assert video.shape == (1, 5, 32, 32, 3)
+    # The LoRA on what it was trained beside is the large model.
+    stock = load_folder(tmp_path / "transformer", torch.float32, "cpu")
+    stock.load_lora_weights(tmp_path / "large_lora")
+    stock.fuse_lora()
+    stock.unload_lora_weights()
+    fused = dict(stock.transformer.named_parameters())
+    for name, parameter in pipeline.transformer.named_parameters():
+        torch.testing.assert_close(parameter, fused[name], rtol=1e-3, atol=1e-4)
     index = json.loads((tmp_path / "large" / "model_index.json").read_text())
     assert index["_class_name"] == "WanPipeline"
     assert not list(tmp_path.rglob("*.bin")) + list(tmp_path.rglob("*.pt"))

@@ -6,11 +6,13 @@ a ring of three besides, where it matters which way it turns.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sparsereel import Segment, TokenGrid, parallel
 from sparsereel.parallel import Shards, heads_of_rank
@@ -139,7 +141,9 @@ def work(folder: Path) -> None:
         three = [x[:, :, :3][:, Shards.of(VIDEO, PROCESSES).positions(rank)] for x in inputs(VIDEO, 4)]
         found["three heads", "ring"] = parallel.attention(*three, NEAR, VIDEO, pair, "ring", backend="torch")
         said = refusals(pair) if rank == 0 else {}
-    torch.save((found, said), folder / f"{torch.distributed.get_rank()}.pt")
+    file = folder / str(torch.distributed.get_rank())
+    save_file({"/".join(name): value.contiguous() for name, value in found.items()}, file.with_suffix(".safetensors"))
+    file.with_suffix(".json").write_text(json.dumps(said))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -149,7 +153,15 @@ def results(tmp_path_factory, gloo_processes):
     """What each process found, and what the first of the pair was told."""
     folder = tmp_path_factory.mktemp("parallel")
     gloo_processes(__file__, folder, WORLD, timeout=120)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return [read(folder / str(rank)) for rank in range(WORLD)]
+
+
+def read(file: Path) -> tuple[dict[tuple[str, ...], torch.Tensor], dict[str, str]]:
+    """What one process left behind."""
+    found = load_file(file.with_suffix(".safetensors"))
+    return {tuple(name.split("/")): value for name, value in found.items()}, json.loads(
+        file.with_suffix(".json").read_text()
+    )
 
 
 @pytest.fixture(scope="module")

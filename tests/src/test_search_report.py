@@ -113,17 +113,8 @@ def test_a_result_without_evidence_is_refused(result, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def wait_for(tab, condition: str) -> None:
-    """Wait until a condition holds on the page, whose policy forbids Playwright's own way of asking again and again."""
-    for _ in range(100):
-        if tab.evaluate(condition):
-            return
-        tab.wait_for_timeout(100)
-    raise AssertionError(f"never came true: {condition}")
-
-
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_clicking_a_head_changes_the_picture(page):
+def test_clicking_a_head_changes_the_picture(page, wait_for):
     sync = pytest.importorskip("playwright.sync_api")
     with sync.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])

@@ -6,8 +6,9 @@
 Stages, in order: vae, data (render and encode the clips), transformer, large, causal_small, causal. Each keeps its
 state in the output folder and is skipped once done; Ctrl-C stops cleanly, and the same command resumes. What is
 trained on what, and for how long, stands in training/recipe.py. `OUTPUT/transformer` and
-`OUTPUT/large` are folders that stock `WanPipeline` loads, `OUTPUT/causal` holds a transformer for
-`minireel.load_causal`; all are fresh every few minutes.
+`OUTPUT/large` are folders that stock `WanPipeline` loads, `OUTPUT/large_lora` is what the large stage adds to the
+transformer stage's model (for `load_lora_weights`), `OUTPUT/causal` holds a transformer for `minireel.load_causal`; all
+are fresh every few minutes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The six stages, one function each: gather what the stage needs, train, leave a result the next one finds.
 
-Each returns False when interrupted. Results in the output folder: `vae/`, `data/`, and the pipeline folders
-`transformer/` and `large/`, and the transformer alone in
-`causal_small/` and `causal/`; checkpoints lie beside them as `<stage>.safetensors`.
+Each returns False when interrupted. Results in the output folder: `vae/`, `data/`, the pipeline folders `transformer/`
+and `large/`, the LoRA in `large_lora/`, and the transformer alone in `causal_small/` and `causal/`; checkpoints lie
+beside them as `<stage>.safetensors`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rich.console import Console
 from transformers import UMT5EncoderModel
 
 from sparsereel.minireel.training import loop, recipe
+from sparsereel.minireel.training.adapter_stage import AdapterTrainer
 from sparsereel.minireel.training.architecture import (
     build_text_encoder,
     build_transformer,
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     from sparsereel.minireel.train import Options
 
 console = Console()
-# Their held-out losses take half a minute.
-CAUSAL_CHECKPOINT_SECONDS = 600
+# Between checkpoints of the stages whose held-out losses take half a minute.
+HELD_OUT_SECONDS = 600
 
 
 def vae(options: Options) -> bool:
@@ -76,7 +77,7 @@ def transformer(options: Options) -> bool:
 
 
 def large(options: Options) -> bool:
-    """Go on from the transformer stage, or from `start_from`, with large canvases among the others."""
+    """A LoRA for large clips, of the transformer stage's model or of `start_from`; `large_lora/` holds it alone."""
     return _train_transformer(recipe.LARGE, _trained(options), options)
 
 
@@ -108,7 +109,7 @@ def _train_causal(
         with trainer.use_result():
             _write_folder(options.output / stage.name, lambda folder: export_transformer(folder, trainer.transformer))
 
-    return _train(trainer, stage.name, options, stage.minutes, on_checkpoint, CAUSAL_CHECKPOINT_SECONDS)
+    return _train(trainer, stage.name, options, stage.minutes, on_checkpoint, HELD_OUT_SECONDS)
 
 
 def _trained(options: Options) -> tuple[WanTransformer3DModel, UMT5EncoderModel]:
@@ -127,7 +128,8 @@ def _train_transformer(
     sets = _encode(stage, options)
     held_out = sets[stage.held_out.name]
     decoder = _load_vae(options)
-    trainer = TransformerTrainer(stage, sets, *models, seed=options.seed, compiled=options.compiled)
+    kind = TransformerTrainer if stage.rank is None else AdapterTrainer
+    trainer = kind(stage, sets, *models, seed=options.seed, compiled=options.compiled)
 
     def on_checkpoint() -> None:
         losses = trainer.held_out_loss(held_out)
@@ -135,8 +137,11 @@ def _train_transformer(
         console.print(f"step {trainer.steps}, held-out loss at noise level {shown}")
         with trainer.use_result():
             _write_folder(options.output / stage.name, lambda folder: export(folder, *models, decoder))
+            if isinstance(trainer, AdapterTrainer):
+                _write_folder(options.output / f"{stage.name}_lora", trainer.save)
 
-    return _train(trainer, stage.name, options, stage.minutes, on_checkpoint)
+    seconds = loop.CHECKPOINT_SECONDS if stage.rank is None else HELD_OUT_SECONDS
+    return _train(trainer, stage.name, options, stage.minutes, on_checkpoint, seconds)
 
 
 def _train(

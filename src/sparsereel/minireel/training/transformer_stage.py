@@ -83,14 +83,17 @@ class TransformerTrainer:
         for module in (self.worker, self.text_encoder):
             module.zero_grad(set_to_none=True)
         loss.backward()
-        for master, working in zip(self.masters, self.worker.parameters(), strict=True):
-            master.grad = None if working.grad is None else working.grad.float()
+        self._collect_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         if torch.isfinite(norm):
             self._update(warm_up_and_decay(self.steps, progress, self.stage.hold, self.stage.warm_up))
         self.steps += 1
         name, value = portion.clips.name, loss.item()
         self.losses[name] = 0.97 * self.losses.get(name, value) + 0.03 * value
+
+    def _collect_gradients(self) -> None:
+        for master, working in zip(self.masters, self.worker.parameters(), strict=True):
+            master.grad = None if working.grad is None else working.grad.float()
 
     def _draw_portion(self) -> Portion:
         shares = torch.tensor([portion.share for portion in self.stage.portions])
