@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import signal
@@ -242,7 +243,9 @@ def test_ctrl_c_ends_with_130_and_keeps_what_is_finished(tmp_path):
     folder = tmp_path / "clips"
     code = "import sys; from sparsereel.cli.main import main; sys.argv[0] = 'sparsereel'; main()"
     command = [sys.executable, "-c", code, "generate", "--prompts", str(prompts), "-o", str(folder), *SMALL]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A shell's background jobs, of which the tests may be one, ignore Ctrl-C, and so would what they start.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     deadline = time.monotonic() + 120
     while not (folder / "0001.json").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
