@@ -236,7 +236,7 @@ def test_what_counts_as_a_plan(tmp_path):
 
 def test_presets_fit_every_model_and_are_sparse():
     general = ("neighborhood", "radial", "sliding-tile", "spatial-temporal")
-    assert presets.names() == ("minireel-large", *general)
+    assert presets.names() == ("minireel-large", "minireel-native", *general)
     grid = TokenGrid(9, 32, 32)
     for name in general:
         plan = presets.load(name)
