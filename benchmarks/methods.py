@@ -107,7 +107,7 @@ SELECTORS: dict[str, Callable[[float], Selector]] = {
 SEARCHED = "searched"
 SEARCHED_DENSITIES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.55)
 SEARCHED_TIME = "searched_time"
-SEARCHED_SHARES = (0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9)
+SEARCHED_SHARES = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)
 RECORDED_PROMPTS = 4
 #: compensations are compared on one selector and one pattern
 COMPENSATED = ("block_topk", "spatial")
