@@ -107,6 +107,7 @@ SELECTORS: dict[str, Callable[[float], Selector]] = {
 SEARCHED = "searched"
 SEARCHED_DENSITIES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.55)
 SEARCHED_TIME = "searched_time"
+SEARCHES = (SEARCHED, SEARCHED_TIME)
 SEARCHED_SHARES = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)
 RECORDED_PROMPTS = 4
 #: compensations are compared on one selector and one pattern
@@ -139,7 +140,7 @@ class Job:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line; argparse exits with 2 on wrong use."""
-    names = [*PATTERNS, *SELECTORS, SEARCHED, SEARCHED_TIME]
+    names = [*PATTERNS, *SELECTORS, *SEARCHES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="densities 0.1, 0.2, 0.4; four clips of 20 steps")
     parser.add_argument("--size", choices=("native", "large"), default="native")
@@ -165,7 +166,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
     """All rows that were asked for: methods, then compensations, then kept sinks."""
-    single = [name for name in options.only if name not in (SEARCHED, SEARCHED_TIME)]
+    single = [name for name in options.only if name not in SEARCHES]
     rows = [Job(name, density) for density in options.densities for name in single]
     if options.size == "native":
         if SEARCHED in options.only:
@@ -318,11 +319,11 @@ def measure(job: Job, plan: AttentionPlan, setting: str, pipe: Any, requests: li
 
 def margins(rows: list[Row]) -> dict[str, float]:
     """dB that the best searched plan of no more attention seconds has over each other row, where there is one."""
-    searched = [row for row in rows if row["method"] in (SEARCHED, SEARCHED_TIME)]
+    searched = [row for row in rows if row["method"] in SEARCHES]
     found = {}
     for row in rows:
         within = [s["psnr"] for s in searched if s["attention_seconds"] <= row["attention_seconds"]]
-        if row["method"] not in (SEARCHED, SEARCHED_TIME) and within:
+        if row["method"] not in SEARCHES and within:
             extra = row["compensation"] or ("first frame" if row["keep_sinks"] else "")
             found[" + ".join(filter(None, [f"{row['method']} {row['target']:g}", extra]))] = max(within) - row["psnr"]
     return found
@@ -381,7 +382,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             print(f"{options.minutes:g} minutes are over, {len(pending) - number} rows are left; run it again to go on")
             break
         forecast: Row = {}
-        if job.name in (SEARCHED, SEARCHED_TIME):
+        if job.name in SEARCHES:
             plan, forecast = search_at(job, found["dense"][label], pipe, options)
             setting = "a pattern a head"
         else:

@@ -26,6 +26,7 @@ SIDE = 96
 LENGTHS = {"1,296": TokenGrid(9, 12, 12), "32,760": TokenGrid(21, 30, 52), "75,600": TokenGrid(21, 45, 80)}
 DRAWN = TokenGrid(4, 6, 6)
 LOST = "A clip that lost its digit has about 26.2 dB and judge 0.143 at native size: the background alone.\n"
+TIMED = "`searched_time` wants a share of the dense seconds in attention; every other row wants a density.\n"
 #: what stands in the catalogue for each pattern that needs arguments
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "neighborhood": {"window": (0.6, 0.6, 0.6)},
@@ -203,10 +204,10 @@ def measured(title: str, results: dict[str, Any]) -> list[str]:
         figures = f"{dense['seconds']:.1f} s a clip, judge {dense['judge']:.3f}, load {dense['load_average']:.1f}"
         lines.append(f"{label} steps: {figures}.")
     lines += [
-        "`searched_time` wants a share of the dense seconds in attention; every other row a density.",
+        "Those are of the last run; `dense / this` sets each row beside the dense clips of its own run.",
         "With a load well above 2 other work shared the two cores: seconds are then high, ratios rough, PSNR exact.",
         "Blocks of 128 x 64 on 1,296 tokens are coarse: where a method cannot match the density, `density` says so.\n",
-        *([] if "large" in title else [LOST]),
+        *([] if "large" in title else [LOST, TIMED]),
         *against_searched(results.get("margins", {})),
         "| method | setting | wanted | density | PSNR dB | SSIM | judge | s | of it attention | dense / this | load |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",

@@ -180,7 +180,7 @@ def compare(arguments: argparse.Namespace) -> None:
             clips = [generate(pipe, request, found.plan, profile=True) for request in requests]
             predicted = {"predicted_seconds": found.predicted.seconds, "predicted_psnr": found.predicted.psnr}
             figures = {**scored(dense, clips, held_out), **predicted, "predicted_error": found.predicted.error}
-            ranked.append({"share": budget, "contender": "searched, by density", **figures})
+            ranked.append({"budget": budget, "contender": "searched, by density", **figures})
             _print(ranked[-1])
         facts |= agreement(ranked)
         print(
@@ -223,8 +223,9 @@ def agreement(ranked: list[dict[str, Any]]) -> dict[str, float]:
 
 def _print(row: dict[str, Any]) -> None:
     seconds, psnr = row.get("predicted_seconds"), row.get("predicted_psnr")
+    goal = row.get("share", row.get("budget"))
     print(
-        f"{row['share']:6.2f}  {row['contender']:24}{row['density']:8.3f}{row['psnr']:8.2f}{row['ssim']:8.3f}"
+        f"{goal:6.2f}  {row['contender']:24}{row['density']:8.3f}{row['psnr']:8.2f}{row['ssim']:8.3f}"
         f"{row['sound']:7.2f}{row['seconds']:9.1f}{row['attention_seconds']:11.2f}"
         + (f"{seconds:13.1f}{psnr:8.1f}" if seconds is not None else f"{'-':>13}{'-':>8}"),
         flush=True,

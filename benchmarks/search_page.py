@@ -64,7 +64,7 @@ def predictions(facts: dict[str, Any]) -> list[str]:
     ranking = facts["ranking"]
     ratios = [facts[f"seconds_ratio_{name}"] for name in ("median", "least", "most")]
     return [
-        f"Predictions of {len(ranking)} searched plans of densities from {ranking[0]['share']:.2f} to "
-        f"{ranking[-1]['share']:.2f}: rank correlation of predicted error and PSNR {facts['spearman']:.2f}; measured "
+        f"Predictions of {len(ranking)} searched plans of densities from {ranking[0]['budget']:.2f} to "
+        f"{ranking[-1]['budget']:.2f}: rank correlation of predicted error and PSNR {facts['spearman']:.2f}; measured "
         "over predicted seconds of a clip {:.2f} in the middle, from {:.2f} to {:.2f}.".format(*ratios)
     ]
