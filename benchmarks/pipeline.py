@@ -98,7 +98,7 @@ def _minireel(options: argparse.Namespace) -> dict[str, Any]:
     """A whole generation at LARGE; the schedule's dense first steps are left out, as a few steps would all be dense."""
     from sparsereel.minireel import LARGE
 
-    pipe = load_pipeline(None, {"float32": "fp32", "bfloat16": "bf16"}[options.dtype], options.device)
+    pipe = load_pipeline("minireel-large", {"float32": "fp32", "bfloat16": "bf16"}[options.dtype], options.device)
     pipe.set_progress_bar_config(disable=True)
     plan = resolve_plan(options.plan).with_schedule(dense_first=0, dense_last=0)
     size = (LARGE.frames, LARGE.height, LARGE.width)

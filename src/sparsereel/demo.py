@@ -71,7 +71,7 @@ def run(options: argparse.Namespace, console: Any) -> dict[str, Any]:
         f"{request.prompt!r}: {LARGE.frames} frames of {LARGE.width} x {LARGE.height}, {LARGE.tokens} tokens, "
         f"{request.steps} steps, {options.dtype}"
     )
-    pipe = load_pipeline(None, options.dtype, "cpu")
+    pipe = load_pipeline("minireel-large", options.dtype, "cpu")
     clips = {}
     for name, used in (("dense", None), ("sparse", plan)):
         pipe.set_progress_bar_config(desc=name)

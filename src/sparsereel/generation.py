@@ -23,6 +23,8 @@ from sparsereel.report import Report
 from sparsereel.sparse_layer import clock
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: names of the models in the box
+BOXED = ("minireel", "minireel-large", "minireel-causal")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Clip:
 
 
 def load_pipeline(model: str | None, dtype: str, device: str) -> Any:
-    """A diffusers pipeline: a model in the box (None or "minireel", "minireel-causal"), a folder, or a hub id.
+    """A diffusers pipeline: a model in the box (`BOXED`; None is the first), a folder, or a hub id.
 
     Raises:
         ValueError: no such folder, no pipeline or no safetensors in it, unknown dtype, no such device.
@@ -82,14 +84,11 @@ def load_pipeline(model: str | None, dtype: str, device: str) -> Any:
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
     _check_device(device)
-    if model is None or model == "minireel":
+    if model is None or model in BOXED:
         from sparsereel import minireel
 
-        return minireel.load(DTYPES[dtype], device)
-    if model == "minireel-causal":
-        from sparsereel import minireel
-
-        return minireel.load_causal(DTYPES[dtype], device)
+        load = dict(zip(BOXED, (minireel.load, minireel.load_large, minireel.load_causal), strict=True))
+        return load[model or BOXED[0]](DTYPES[dtype], device)
     from diffusers import DiffusionPipeline
 
     folder = Path(model)

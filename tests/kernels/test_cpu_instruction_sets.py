@@ -84,6 +84,10 @@ MODIFIERS = {
     "frames": lambda n, m: FrameDecay(tokens(n) // 48, tokens(m) // 48, torch.tensor([1.0, 0.5, 0.2])),
     "tokens": lambda n, m: FrameDecay(tokens(n, 3), tokens(m), 0.99 ** torch.arange(40.0)),
     "mixed": lambda n, m: frame_decay(n, m, frames=9),
+    # Near pairs stay as they are: whole strips of them, and strips that begin among them.
+    "window": lambda n, m: FrameDecay(tokens(n), tokens(m), torch.tensor([1.0] * 45 + [0.9])),
+    "window_of_frames": lambda n, m: FrameDecay(tokens(n) // 32, tokens(m) // 32, torch.tensor([1.0, 1.0, 0.9])),
+    "growth": lambda n, m: FrameDecay(tokens(n) // 48, tokens(m) // 48, torch.tensor([1.0, 1.5, 2.0])),
     "text": lambda n, m: FrameDecay(
         tokens(n) // 7 - 1, (tokens(m) // 32).clamp(max=3) - 1, torch.tensor([0.5, -0.5, 0.0])
     ),

@@ -111,6 +111,22 @@ def test_names_joined_by_plus(build):
         sparsereel.extend(pipe, height=2.0, method="freeswim+multidiffusion")
 
 
+def test_time_alone_is_squeezed(build):
+    """Twice as long and twice as high: positions in time as `pi` has them, those in space as they were."""
+    sizes = {"frames": 37, "height": WIDE["height"], "width": WIDE["width"]}
+    found = {}
+    for method in ("plain", "pi", "pi_time"):
+        pipe, _ = build()
+        arguments = sparsereel.extend(pipe, **sizes, method=method).arguments
+        shape = (arguments["num_frames"] // 4 + 1, arguments["height"] // 8, arguments["width"] // 8)
+        found[method] = pipe.transformer.rope(torch.zeros(1, 4, *shape))
+    dim = pipe.transformer.rope.t_dim
+    for plain, both, time in zip(*found.values(), strict=True):
+        assert torch.equal(time[..., :dim], both[..., :dim])
+        assert torch.equal(time[..., dim:], plain[..., dim:])
+        assert not torch.equal(plain, both)
+
+
 def test_two_transformers_of_one_pipeline(tiny):
     """Wan 2.2: both are extended at every stage, and the pipeline gets its class back."""
     from diffusers import WanPipeline

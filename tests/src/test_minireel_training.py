@@ -13,7 +13,6 @@ from sparsereel import minireel
 from sparsereel.arithmetic import arithmetic
 from sparsereel.minireel import train
 from sparsereel.minireel.training import checkpoint, loop, stages, vae_stage
-from sparsereel.minireel.training.adapter_stage import AdapterTrainer
 from sparsereel.minireel.training.architecture import build_text_encoder, build_tokenizer, build_transformer, build_vae
 from sparsereel.minireel.training.attention import use_kernels
 from sparsereel.minireel.training.clip_sets import ClipSet, EncodedSet, encode_set, tokenise
@@ -21,31 +20,21 @@ from sparsereel.minireel.training.flow_matching import flow_loss, predict_tokens
 from sparsereel.minireel.training.layouts import START
 from sparsereel.minireel.training.optim import MovingAverage, Muon, orthogonalise, warm_up_and_decay
 from sparsereel.minireel.training.recipe import Portion, Stage
-from sparsereel.minireel.training.transformer_stage import TransformerTrainer, draw_frames
+from sparsereel.minireel.training.transformer_stage import TransformerTrainer
 from sparsereel.minireel.training.vae_stage import VaeTrainer, held_out_psnr, render_pool
 from sparsereel_eval.digits import WORDS
 
 CLIPS = ClipSet("tiny", count=3, frames=5, height=32, width=32, two=0.0, seed=0)
 
 
-def tiny_trainer(seed: int = 0, rank: int | None = None, **portion) -> TransformerTrainer:
+def tiny_trainer(seed: int = 0, **portion) -> TransformerTrainer:
     torch.manual_seed(0)
     # Plain latents, a value a channel: what a tiny network can learn in seconds.
     latents = torch.randn(1, 16, 1, 1, 1).expand(3, 16, 2, 4, 4).half()
     data = EncodedSet(CLIPS, latents, *tokenise([clip.prompt for clip in CLIPS.clips()]))
-    stage = Stage("tiny", 1, (Portion(CLIPS, batch=2, share=1.0, **portion),), 1e-3, 1e-3, 0.5, CLIPS, rank=rank)
+    stage = Stage("tiny", 1, (Portion(CLIPS, batch=2, share=1.0, **portion),), 1e-3, 1e-3, 0.5, CLIPS)
     transformer = build_transformer(layers=1, heads=2, head_dim=16)
-    if rank is None:
-        return TransformerTrainer(stage, {"tiny": data}, transformer, build_text_encoder(1), seed)
-    # A fresh model's last layer is zero, and an adapter leaves it alone: nothing before it would learn.
-    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
-    return AdapterTrainer(stage, {"tiny": data}, transformer, build_text_encoder(1), seed)
-
-
-def tiny_adapter_trainer() -> AdapterTrainer:
-    trainer = tiny_trainer(rank=2)
-    assert isinstance(trainer, AdapterTrainer)
-    return trainer
+    return TransformerTrainer(stage, {"tiny": data}, transformer, build_text_encoder(1), seed)
 
 
 def tiny_vae_trainer() -> VaeTrainer:
@@ -53,7 +42,7 @@ def tiny_vae_trainer() -> VaeTrainer:
     return VaeTrainer(build_vae(width=8), render_pool(2, seed=0))
 
 
-@pytest.mark.parametrize("make", [tiny_trainer, tiny_adapter_trainer, tiny_vae_trainer])
+@pytest.mark.parametrize("make", [tiny_trainer, tiny_vae_trainer])
 def test_an_interrupted_run_resumes_exactly(make, tmp_path, monkeypatch):
     monkeypatch.setattr(vae_stage, "CROPS", ((1.01, ((32, 1, 2), (32, 5, 1))),))
     straight = make()
@@ -94,7 +83,7 @@ def test_the_budget_is_checked(tmp_path):
 
 
 def test_training_lowers_the_loss():
-    trainer = tiny_trainer(keep_frames=1, long_text=0.2)
+    trainer = tiny_trainer(long_text=0.2)
     data = trainer.sets["tiny"]
     before = trainer.held_out_loss(data)
     for index in range(60):
@@ -103,77 +92,12 @@ def test_training_lowers_the_loss():
     assert all(after[level] < before[level] for level in before)
 
 
-def test_gradients_of_an_adapter_are_those_of_its_factors():
-    """Against autograd through W + up @ down, after an update, when neither factor is zero."""
-    trainer = tiny_adapter_trainer()
-    for _ in range(2):
-        trainer.step(0.0)
-    generator = trainer.generator.get_state()
-    trainer.worker.zero_grad(set_to_none=True)
-    trainer._loss(trainer.stage.portions[0]).backward()
-    trainer._collect_gradients()
-    down, up = ([x.detach().clone().requires_grad_() for x in factors] for factors in (trainer.down, trainer.up))
-    names = [f"{name}.weight" for name in trainer.names]
-    merged = {
-        name: (base + b @ a).to(arithmetic())
-        for name, base, a, b in zip(names, trainer.untouched, down, up, strict=True)
-    }
-    trainer.generator.set_state(generator)
-    worker = trainer.worker
-
-    class Merged:
-        """The worker as a function of the merged weights, for `flow_loss`."""
-
-        def __enter__(self):
-            self.kept = {}
-            for name, weight in merged.items():
-                owner = worker.get_submodule(name.removesuffix(".weight"))
-                self.kept[name] = owner._parameters.pop("weight")
-                owner.weight = weight
-
-        def __exit__(self, *_):
-            for name, weight in self.kept.items():
-                owner = worker.get_submodule(name.removesuffix(".weight"))
-                del owner.weight
-                owner._parameters["weight"] = weight
-
-    with Merged():
-        trainer._loss(trainer.stage.portions[0]).backward()
-    bound = {"rtol": 1e-4, "atol": 1e-7} if arithmetic() == torch.float32 else {"rtol": 0.05, "atol": 1e-4}
-    for ours, theirs in zip((*trainer.down, *trainer.up), (*down, *up), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, **bound)
-    assert sum(bool(factor.grad.any()) for factor in trainer.up) > len(trainer.up) // 2
-
-
-def test_an_adapter_starts_at_the_model_and_leaves_the_rest_alone():
-    trainer = tiny_adapter_trainer()
-    before = {name: p.detach().clone() for name, p in trainer.transformer.named_parameters()}
-    words = copy.deepcopy(trainer.text_encoder.state_dict())
-    trainer._refresh_worker()
-    for name, parameter in trainer.transformer.named_parameters():
-        assert torch.equal(parameter, before[name]), name
-    trainer.step(0.0)
-    moved = {name for name, p in trainer.transformer.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {f"{name}.weight" for name in trainer.names}
-    assert all(torch.equal(value, words[name]) for name, value in trainer.text_encoder.state_dict().items())
-
-
-def test_an_adapter_needs_a_rank():
-    trainer = tiny_trainer()
-    with pytest.raises(ValueError, match="trains no adapter"):
-        AdapterTrainer(trainer.stage, trainer.sets, trainer.transformer, trainer.text_encoder)
-
-
-def test_kept_tokens_see_what_the_whole_model_sees():
-    """All columns kept equals no subset at all, and both equal diffusers' own forward."""
+def test_the_loss_sees_what_the_stock_model_sees():
     torch.manual_seed(0)
     model = build_transformer(layers=2, heads=2, head_dim=16)
     torch.nn.init.normal_(model.proj_out.weight)
     latents, text, levels = torch.randn(2, 16, 3, 5, 7), torch.randn(2, 4, 128), torch.tensor([0.2, 0.9])
     whole = predict_tokens(model, latents, levels, text)
-    every = draw_frames((3, 5, 7), 3, torch.Generator())
-    assert torch.equal(every, torch.arange(105))
-    torch.testing.assert_close(predict_tokens(model, latents, levels, text, every), whole)
     stock = model(latents, 1000 * levels, text, return_dict=False)[0]
     torch.testing.assert_close(whole, stock.flatten(2).transpose(1, 2))
     clean = torch.full_like(latents, 0.5)
@@ -190,8 +114,7 @@ def test_the_kernels_see_what_stock_attention_sees():
     ours = copy.deepcopy(stock)
     use_kernels(ours)
     clean, noise, text = torch.randn(2, 16, 3, 5, 7), torch.randn(2, 16, 3, 5, 7), torch.randn(2, 4, 128)
-    keep = draw_frames((3, 5, 7), 2, torch.Generator().manual_seed(0))
-    losses = [flow_loss(model, clean, noise, torch.tensor([0.2, 0.9]), text, keep) for model in (ours, stock)]
+    losses = [flow_loss(model, clean, noise, torch.tensor([0.2, 0.9]), text) for model in (ours, stock)]
     torch.testing.assert_close(*losses)
     for loss in losses:
         loss.sum().backward()
@@ -204,22 +127,6 @@ def test_the_kernels_refuse_other_attention():
     use_kernels(model)
     with pytest.raises(ValueError, match="self-attention with rotary"):
         model.blocks[0].attn1(torch.randn(1, 4, 32), torch.randn(1, 3, 32))
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_frames_are_kept_whole_and_half_of_them_in_a_row(seed):
-    keep = draw_frames((20, 2, 3), 7, torch.Generator().manual_seed(seed))
-    mask = torch.zeros(20 * 6, dtype=torch.bool)
-    mask[keep] = True
-    frames = mask.view(20, 6)
-    assert (frames.all(1) == frames.any(1)).all()
-    assert frames.all(1).sum() == 7
-    assert frames.all(1).unfold(0, 4, 1).all(1).any()
-
-
-def test_more_frames_than_there_are_cannot_be_kept():
-    with pytest.raises(ValueError, match=r"1\.\.3 .* got 4"):
-        draw_frames((3, 2, 2), 4, torch.Generator())
 
 
 def test_noise_levels_cover_the_range():
@@ -255,16 +162,15 @@ def test_moving_average_swaps_both_ways():
     assert parameter.tolist() == [3.0, 3.0]
 
 
-def test_a_stage_ships_a_blend_of_its_average_and_its_start():
+def test_a_stage_ships_its_average():
     trainer = tiny_trainer()
     start = [parameter.detach().clone() for parameter in trainer.parameters]
     for index in range(3):
         trainer.step(index / 3)
     trained = [parameter.detach().clone() for parameter in trainer.parameters]
-    trainer.stage = replace(trainer.stage, blend=0.25)
     with trainer.use_result():
-        for after, first, average in zip(trainer.parameters, start, trainer.average.values, strict=True):
-            torch.testing.assert_close(after.detach(), 0.75 * first + 0.25 * average)
+        for after, average in zip(trainer.parameters, trainer.average.values, strict=True):
+            torch.testing.assert_close(after.detach(), average)
         assert torch.equal(trainer.worker.proj_out.weight, trainer.transformer.proj_out.weight.to(arithmetic()))
     assert any(not torch.equal(first, last) for first, last in zip(start, trained, strict=True))
     assert all(torch.equal(after, last) for after, last in zip(trainer.parameters, trained, strict=True))
@@ -300,10 +206,8 @@ def test_checkpoints_are_replaced_whole(tmp_path):
 
 def test_stages_end_in_a_pipeline_folder(tmp_path, monkeypatch):
     """The command from a folder of weights: every stage with tiny sets; the result loads and runs."""
-    for name, rank in (("TRANSFORMER", None), ("LARGE", 2)):
-        portion = Portion(CLIPS, batch=2, share=1.0, keep_frames=1)
-        stage = Stage(name.lower(), 1, (portion,), 1e-3, 1e-3, 0.5, CLIPS, rank=rank)
-        monkeypatch.setattr(stages.recipe, name, stage)
+    stage = Stage("transformer", 1, (Portion(CLIPS, batch=2, share=1.0),), 1e-3, 1e-3, 0.5, CLIPS)
+    monkeypatch.setattr(stages.recipe, "TRANSFORMER", stage)
     nine = replace(CLIPS, name="nine", count=2, frames=33)
     for name in ("CAUSAL_SMALL", "CAUSAL"):
         stage = Stage(name.lower(), 1, (Portion(nine, batch=1, share=1.0, layout=START),), 1e-3, 1e-3, 0.5, nine)
@@ -312,25 +216,17 @@ def test_stages_end_in_a_pipeline_folder(tmp_path, monkeypatch):
     assert train.main(asked) == 0
     from sparsereel.minireel.loading import load_folder
 
-    pipeline = load_folder(tmp_path / "large", torch.float32, "cpu")
+    pipeline = load_folder(tmp_path / "transformer", torch.float32, "cpu")
     pipeline.set_progress_bar_config(disable=True)
     video = pipeline("a red 3 on navy", height=32, width=32, num_frames=5, num_inference_steps=1).frames
     assert video.shape == (1, 5, 32, 32, 3)
-    # The LoRA on what it was trained beside is the large model.
-    stock = load_folder(tmp_path / "transformer", torch.float32, "cpu")
-    stock.load_lora_weights(tmp_path / "large_lora")
-    stock.fuse_lora()
-    stock.unload_lora_weights()
-    fused = dict(stock.transformer.named_parameters())
-    for name, parameter in pipeline.transformer.named_parameters():
-        torch.testing.assert_close(parameter, fused[name], rtol=1e-3, atol=1e-4)
-    index = json.loads((tmp_path / "large" / "model_index.json").read_text())
+    index = json.loads((tmp_path / "transformer" / "model_index.json").read_text())
     assert index["_class_name"] == "WanPipeline"
     assert not list(tmp_path.rglob("*.bin")) + list(tmp_path.rglob("*.pt"))
 
 
 def test_wrong_use_is_one_sentence(tmp_path, capsys):
-    assert train.main(["--output", str(tmp_path), "--stage", "large", "--steps", "1"]) == 2
+    assert train.main(["--output", str(tmp_path), "--stage", "causal_small", "--steps", "1"]) == 2
     assert "to go on from" in capsys.readouterr().err
     assert train.main(["--output", str(tmp_path), "--steps", "1", "--minutes", "1"]) == 2
     assert "not both" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from sparsereel.plan import ModelSpec
 from sparsereel.schedule import share_of
 from sparsereel.search.candidates import default_grid, resolve
 from sparsereel.search.costs import Item
+from sparsereel.search.drive import _best
 from sparsereel.search.emit import numbers, plan_of
 from sparsereel.search.forecast import Anchor, Forecast
 from sparsereel.search.reach import probes_of, weights_of
@@ -211,6 +212,35 @@ def test_forecasts_follow_what_was_measured():
     # Dense costs what it did, and the way back from a speed-up to a share holds.
     assert learnt.seconds(1.0) == pytest.approx(9)
     assert learnt.speedup(learnt.share_for(1.3)) == pytest.approx(1.3)
+
+
+def test_forecasts_tell_attention_from_the_rest_of_a_clip():
+    """A slow decode is no reason to skip more: 3 seconds in attention stay 3 however long the rest took."""
+    forecast = Forecast(Anchor(seconds=10, attention=6, own_attention=5, psnr=20), ((1.0, 20.0),))
+    timed = {"psnr": 26.0, "dense_seconds": 20.0, "dense_attention_seconds": 12.0, "attention_seconds": 6.0}
+    learnt = forecast.learn(0.1, 0.5, {**timed, "seconds": 16.0})
+    # The machine ran at half its pace: 3 seconds in attention, 5 in the rest.
+    assert learnt.seconds(0.5) == pytest.approx(8)
+    assert learnt.seconds(1.0) == pytest.approx(10)
+    assert learnt.gain == pytest.approx(forecast.learn(0.1, 0.5, {**timed, "seconds": 14.0}).gain)
+    assert learnt.speedup(learnt.share_for(1.2)) == pytest.approx(1.2)
+
+
+def test_a_speedup_missed_by_chance_keeps_the_exact_plan():
+    target = Target("target_speedup", 2.0)
+
+    def tried(*pairs):
+        return [(None, None, {"speedup": speedup, "psnr": psnr}) for speedup, psnr in pairs]
+
+    exact, emptier, slower = (1.97, 31.0), (1.99, 14.0), (1.6, 40.0)
+    (_, _, taken), met = _best(target, tried(exact, emptier, slower))
+    assert (taken["psnr"], met) == (31.0, False)
+    # One that does reach it comes first, and the most exact of those.
+    (_, _, taken), met = _best(target, tried(exact, (2.01, 14.0), (2.3, 15.0)))
+    assert (taken["psnr"], met) == (15.0, True)
+    # PSNR does not vary from run to run.
+    found = [(None, None, {"psnr": psnr}) for psnr in (28.0, 29.5)]
+    assert _best(Target("target_psnr", 30.0), found)[0][2]["psnr"] == 29.5
 
 
 def test_forecasts_start_from_the_middling_clip():

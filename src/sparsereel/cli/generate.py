@@ -47,7 +47,8 @@ def generate(
     if compare and plan is None:
         raise ValueError("--compare needs --plan: it shows the plan against dense")
     if size is not None:
-        frames, height, width, steps, guidance = _published_size(size, model, frames, height, width, steps, guidance)
+        model, *chosen = _published_size(size, model, frames, height, width, steps, guidance)
+        frames, height, width, steps, guidance = chosen
     texts = [prompt] if prompt is not None else read_prompts(prompts)  # type: ignore[arg-type]
     resolved = None if plan is None else resolve_plan(plan)
     requests = [
@@ -83,17 +84,18 @@ def generate(
 
 
 def _published_size(size: str, model: str | None, *given: Any) -> tuple[Any, ...]:
-    """Fill what was not given from one of minireel's published sizes."""
+    """The model of one of minireel's published sizes, and what was not given filled from it."""
     from sparsereel import minireel
 
     sizes = {"native": minireel.NATIVE, "large": minireel.LARGE}
-    if model not in (None, "minireel"):
+    if model not in (None, "minireel", "minireel-large"):
         raise ValueError("--size names minireel's sizes; with --model give --frames, --height and --width")
     if size not in sizes:
         raise ValueError(f"unknown size {size!r}; allowed: {', '.join(sizes)}")
     chosen = sizes[size]
     defaults = (chosen.frames, chosen.height, chosen.width, chosen.steps, chosen.guidance)
-    return tuple(default if value is None else value for value, default in zip(given, defaults, strict=True))
+    filled = (default if value is None else value for value, default in zip(given, defaults, strict=True))
+    return "minireel-large" if size == "large" else "minireel", *filled
 
 
 def _print_table(results: list[dict[str, Any]]) -> None:

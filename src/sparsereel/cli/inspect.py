@@ -41,8 +41,9 @@ def inspect(
     from sparsereel.presets import resolve_plan
 
     resolved = resolve_plan(plan)
-    folder = minireel.WEIGHTS if model in (None, "minireel") else Path(str(model)).expanduser()
-    tokens = grid_of(grid, size, text, default=model in (None, "minireel"))
+    boxed = model in (None, "minireel", "minireel-large")
+    folder = minireel.WEIGHTS if boxed else Path(str(model)).expanduser()
+    tokens = grid_of(grid, size, text, default=boxed)
     found = inspection.inspect_plan(resolved, tokens, inspection.architecture_of(folder), steps=steps)
     if plot is not None:
         inspection.plot(found, plot)

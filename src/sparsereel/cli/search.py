@@ -55,7 +55,7 @@ def search(
     if output.suffix not in (".yaml", ".yml", ".json") or output.is_dir():
         raise ValueError(f"-o must be a file that ends in .yaml or .json, got {output}")
     known = None if refine is None else resolve_plan(refine)
-    if prompts is None and model not in (None, "minireel"):
+    if prompts is None and model not in (None, "minireel", "minireel-large"):
         raise ValueError("with --model give --prompts FILE: one prompt a line")
     texts = _own_prompts() if prompts is None else read_prompts(prompts)
     kept = folder or output.with_name(f"{output.stem}-search")

@@ -33,14 +33,17 @@ def probe_sinks(
     from sparsereel.presets import resolve_plan
     from sparsereel.sinks import find_sinks, with_sinks
 
-    boxed = model in (None, "minireel")
+    boxed = model in (None, "minireel", "minireel-large")
+    if boxed:
+        size = size or ("large" if model == "minireel-large" else "native")
+        model = "minireel-large" if size == "large" else "minireel"
     if grid is not None or (size is not None and not boxed):
         raise ValueError("--sinks runs the model at its own size (minireel: --size native or large), not on a --grid")
     if prompts is None and not boxed:
         raise ValueError("with --model give --prompts FILE: the probe has to generate something")
     resolved = resolve_plan(plan)
     texts = list(PROMPTS) if prompts is None else read_prompts(prompts)
-    requests = [_request(text, number, size or "native", steps, boxed=boxed) for number, text in enumerate(texts)]
+    requests = [_request(text, number, size, steps, boxed=boxed) for number, text in enumerate(texts)]
     pipe = load_pipeline(model, "fp32", "cpu")
 
     def run() -> None:
@@ -56,13 +59,13 @@ def probe_sinks(
     console.emit_json(json, {"ratio": ratio, "prompts": texts, "layers": [asdict(layer) for layer in found]})
 
 
-def _request(prompt: str, seed: int, size: str, steps: int, *, boxed: bool) -> Request:
+def _request(prompt: str, seed: int, size: str | None, steps: int, *, boxed: bool) -> Request:
     from sparsereel import minireel
     from sparsereel.generation import Request
 
     if not boxed:
         return Request(prompt, seed=seed, steps=steps)
-    chosen = {"native": minireel.NATIVE, "large": minireel.LARGE}.get(size)
+    chosen = {"native": minireel.NATIVE, "large": minireel.LARGE}.get(size or "")
     if chosen is None:
         raise ValueError(f"unknown size {size!r}; allowed: native, large")
     return Request(prompt, seed, steps, chosen.guidance, frames=chosen.frames, height=chosen.height, width=chosen.width)

@@ -37,8 +37,8 @@ def extend(
         frames: how long. A float is a ratio of the trained length in latent frames (2.0 turns Wan's 81 frames, 21
             latent ones, into 165); an int is a number of frames. None leaves the length to the call.
         height, width: likewise in pixels; a ratio is rounded to the nearest size that the pipeline takes.
-        method: "auto" (by family and ratio), "plain", "riflex", "pi", "ntk", "yarn", "ultravico",
-            "ultravico_frames", or a `sparsereel.extend.recipes.Recipe`.
+        method: "auto" (by family and ratio), another name of `sparsereel.extend.recipes.METHODS` such as "plain",
+            "riflex", "pi_time" or "ultravico", several joined by "+", or a `sparsereel.extend.recipes.Recipe`.
         plan: also make the attention sparse, as `sparsify` does. None keeps the plan in place, if there is one.
 
     Returns:

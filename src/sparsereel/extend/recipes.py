@@ -169,6 +169,7 @@ NAMES: dict[str, tuple[tuple[str, ...], Make]] = {
     "plain": (_VIDEO + _UNET, _fixed(Recipe())),
     "riflex": (_WAN, _fixed(Recipe(time=RIFLEx()))),
     "pi": (_WAN, _both(PositionInterpolation())),
+    "pi_time": (_WAN, _fixed(Recipe(time=PositionInterpolation()))),
     "ntk": (_WAN, _both(NTK())),
     "yarn": (_WAN, _both(YaRN())),
     "ultravico": (_VIDEO, _ultravico),

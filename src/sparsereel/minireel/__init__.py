@@ -5,8 +5,8 @@
     video = pipe("a red 3 moving right on navy").frames[0]      # (33, 96, 96, 3)
 
 The weights lie beside this file and load offline; `WanPipeline.from_pretrained(minireel.WEIGHTS)` works as well.
-`load_causal` loads the variant that goes on from a cache of earlier frames, for streaming. diffusers is imported by
-these two, not by importing this module.
+`load_large` loads it for clips of 129 frames at 128 x 128, `load_causal` the variant that goes on from a cache of
+earlier frames, for streaming. diffusers is imported by these three, not by importing this module.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sparsereel.minireel.sizes import LARGE, NATIVE, Size
 
 if TYPE_CHECKING:
     from sparsereel.minireel.causal import CausalMiniReelPipeline
+    from sparsereel.minireel.large import LargeMiniReelPipeline
     from sparsereel.minireel.pipeline import MiniReelPipeline
 
 __all__ = [
@@ -28,10 +29,12 @@ __all__ = [
     "NATIVE",
     "WEIGHTS",
     "CausalMiniReelPipeline",
+    "LargeMiniReelPipeline",
     "MiniReelPipeline",
     "Size",
     "load",
     "load_causal",
+    "load_large",
 ]
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -51,6 +54,23 @@ def load(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu")
     from sparsereel.minireel.loading import load_folder
 
     return load_folder(WEIGHTS, dtype, device)
+
+
+def load_large(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> LargeMiniReelPipeline:
+    """Load minireel for clips of the size `LARGE`: call it with a prompt alone.
+
+    The weights are those of `load`; a latent frame counts as a quarter of a rotary position, so that time runs four
+    times as slowly and clips of four times the trained length are sound. Not for native clips.
+
+    Args:
+        dtype, device: As for `load`.
+
+    Raises:
+        ValueError: dtype is not float32, bfloat16 or float16.
+    """
+    from sparsereel.minireel.large import load_large_folder
+
+    return load_large_folder(WEIGHTS, dtype, device)
 
 
 def load_causal(
@@ -79,6 +99,10 @@ def __getattr__(name: str) -> Any:
         from sparsereel.minireel.causal import CausalMiniReelPipeline
 
         return CausalMiniReelPipeline
+    if name == "LargeMiniReelPipeline":
+        from sparsereel.minireel.large import LargeMiniReelPipeline
+
+        return LargeMiniReelPipeline
     if name == "MiniReelPipeline":
         from sparsereel.minireel.pipeline import MiniReelPipeline
 

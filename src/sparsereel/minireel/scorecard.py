@@ -33,12 +33,18 @@ def prompts_for(size: Size, count: int, two: float) -> list[str]:
     ]
 
 
-def generate(folder: Path, size: Size, prompts: list[str], dtype: torch.dtype, on_clip: Any) -> list[np.ndarray]:
-    """One clip a prompt, (F, H, W, 3) uint8; the seed of clip i is i."""
+def generate(
+    folder: Path, size: Size, prompts: list[str], dtype: torch.dtype, on_clip: Any, *, kernels: bool = False
+) -> list[np.ndarray]:
+    """One clip a prompt, (F, H, W, 3) uint8; the seed of clip i is i. `kernels`: attention by this project's, dense."""
+    import sparsereel
+    from sparsereel.minireel.large import load_large_folder
     from sparsereel.minireel.loading import load_folder
 
-    pipeline = load_folder(folder, dtype, "cpu")
+    pipeline = (load_large_folder if size == LARGE else load_folder)(folder, dtype, "cpu")
     pipeline.set_progress_bar_config(disable=True)
+    if kernels:
+        sparsereel.sparsify(pipeline, sparsereel.AttentionPlan.uniform(sparsereel.patterns.Full()))
     clips = []
     for seed, prompt in enumerate(prompts):
         start = time.monotonic()
@@ -82,6 +88,7 @@ def main() -> None:
     parser.add_argument("--two", type=float, default=0.0, help="share of prompts with two digits")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="pipeline folder")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--kernels", action="store_true", help="this project's dense attention: faster, same clips")
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet (PNG) here")
     parser.add_argument("--json", type=Path, help="also write the scores here")
     arguments = parser.parse_args()
@@ -95,7 +102,9 @@ def main() -> None:
         missed = ", ".join(name for name, value in scores[-1].to_dict().items() if value is not None and value < 0.9)
         print(f"{seed:3d}  {elapsed:6.1f} s  {prompt}  {'missed: ' + missed if missed else 'sound'}", flush=True)
 
-    clips = generate(arguments.weights, size, prompts, getattr(torch, arguments.dtype), on_clip)
+    clips = generate(
+        arguments.weights, size, prompts, getattr(torch, arguments.dtype), on_clip, kernels=arguments.kernels
+    )
     summary = {"size": arguments.size, "clips": len(clips), "seconds": float(np.median(seconds)), **average(scores)}
     print(
         "  ".join(

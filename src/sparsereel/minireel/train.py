@@ -1,14 +1,12 @@
 """Train minireel from nothing, or go on where an earlier run stopped.
 
     python -m sparsereel.minireel.train --output out/minireel                 # every stage
-    python -m sparsereel.minireel.train --output out/minireel --stage large --minutes 30 --start-from FOLDER
+    python -m sparsereel.minireel.train --output out/minireel --stage causal --minutes 30 --start-from FOLDER
 
-Stages, in order: vae, data (render and encode the clips), transformer, large, causal_small, causal. Each keeps its
+Stages, in order: vae, data (render and encode the clips), transformer, causal_small, causal. Each keeps its
 state in the output folder and is skipped once done; Ctrl-C stops cleanly, and the same command resumes. What is
-trained on what, and for how long, stands in training/recipe.py. `OUTPUT/transformer` and
-`OUTPUT/large` are folders that stock `WanPipeline` loads, `OUTPUT/large_lora` is what the large stage adds to the
-transformer stage's model (for `load_lora_weights`), `OUTPUT/causal` holds a transformer for `minireel.load_causal`; all
-are fresh every few minutes.
+trained on what, and for how long, stands in training/recipe.py. `OUTPUT/transformer` is a folder that stock
+`WanPipeline` loads, `OUTPUT/causal` holds a transformer for `minireel.load_causal`; both are fresh every few minutes.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-STAGES = ("vae", "data", "transformer", "large", "causal_small", "causal")
+STAGES = ("vae", "data", "transformer", "causal_small", "causal")
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 REPEATS = 3
 #: dB above the target at which a plan is given more pressure
 SLACK = 1.5
+#: share by which the seconds of a clip vary from run to run
+NOISE = 0.03
 #: points of the front that are handed back
 POINTS = 40
 
@@ -284,16 +286,22 @@ def _measured(
 
 
 def _best(target: Target, tried: Tried) -> tuple[tuple[Solution, Forecast, dict[str, Any]], bool]:
-    """The plan to hand back and whether it reaches the target: of those that do, the cheapest or the most exact.
+    """The plan to hand back and whether it reaches the target.
 
-    For a PSNR the cheapest; else the one measured to be the most exact.
+    Of those that reach it the cheapest for a PSNR, else the one measured to be the most exact. Where none does, the one
+    nearest to it; plans that are apart by no more than clips' seconds vary count as equally near, and the most exact of
+    them is taken, so that a target missed by chance does not end in a plan that skips what it can.
     """
     if not tried[0][2]:
         return tried[0], tried[0][0].met
     name = calibration.MEASURE[target.kind]
     reached = [entry for entry in tried if target.met_by(entry[2][name])]
     if not reached:
-        return min(tried, key=lambda entry: abs(entry[2][name] - target.value)), False
+        nearest = min(tried, key=lambda entry: abs(entry[2][name] - target.value))
+        if target.kind != "target_speedup":
+            return nearest, False
+        near = [entry for entry in tried if entry[2][name] >= nearest[2][name] * (1 - NOISE)]
+        return max(near, key=lambda entry: entry[2]["psnr"]), False
     if target.kind == "target_psnr":
         return min(reached, key=lambda entry: entry[0].costs.mean_share(entry[0].choice)), True
     return max(reached, key=lambda entry: entry[2]["psnr"]), True

@@ -79,12 +79,14 @@ class Forecast:
         points: (weighted error, PSNR) pairs known.
         gain: part of the dense seconds that visiting nothing would save; 1 = all of them.
         excess: density over the one predicted.
+        measured_rest: seconds of a sparse clip outside of attention; None = those of the untouched one.
     """
 
     anchor: Anchor
     points: tuple[tuple[float, float], ...]
     gain: float = 1.0
     excess: float = 1.0
+    measured_rest: float | None = None
 
     @classmethod
     def of(cls, anchor: Anchor, error: float, share: float) -> Forecast:
@@ -107,6 +109,8 @@ class Forecast:
 
     @property
     def _rest(self) -> float:
+        if self.measured_rest is not None:
+            return self.measured_rest
         return max(0.0, self.anchor.seconds - self.anchor.attention)
 
     def _timed(self, share: float, attention: float) -> Forecast:
@@ -142,9 +146,15 @@ class Forecast:
 
     def learn(self, error: float, share: float, measured: dict[str, Any]) -> Forecast:
         """The forecast after a plan of that predicted error and share was measured."""
-        # The machine may run at another pace than when the anchor was measured: dense clips tell.
-        seconds = measured["seconds"] * self.anchor.seconds / measured["dense_seconds"]
         known = replace(self, points=(*self.points, (error, measured["psnr"])))
+        # The machine may run at another pace than when the anchor was measured: dense clips tell.
+        if measured.get("dense_attention_seconds"):
+            pace = self.anchor.attention / measured["dense_attention_seconds"]
+            rest = (measured["seconds"] - measured["attention_seconds"]) * self.anchor.seconds
+            known = replace(known, measured_rest=rest / measured["dense_seconds"])
+            return known._timed(share, measured["attention_seconds"] * pace)
+        # What the rest of a clip took by chance counts as attention's here.
+        seconds = measured["seconds"] * self.anchor.seconds / measured["dense_seconds"]
         return known._timed(share, max(seconds - self._rest, 0.0))
 
 

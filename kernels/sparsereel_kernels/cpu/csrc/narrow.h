@@ -56,7 +56,18 @@ INLINE void add_rows(int64_t rows, const float* weights, int64_t weight_row, con
         add_rows<R - 1>(rows, weights, weight_row, at, count, sums, sum_row);
 }
 
-// FrameDecay on one strip of all rows: positive scores times the factor of their row and column.
+// Whether a strip stays as it is for all rows: within the window that FrameDecay leaves alone most do.
+INLINE bool is_unchanged(const Call& call, const float* const* ramps, int64_t rows, int32_t frame, int kind) {
+    if (kind != FRAME_UNIFORM && kind != FRAME_CONSECUTIVE) return false;
+    const int32_t needed = kind == FRAME_UNIFORM ? 1 : STRIP;
+    for (int64_t r = 0; r < rows; r++)
+        if (ramps[r] != call.ones && call.ramp_ones[ramps[r] + frame - call.ramp] < needed) return false;
+    return true;
+}
+
+// FrameDecay on one strip of all rows: positive scores times the factor of their row and column. DAMPING: no factor
+// exceeds 1, so that of a score and its product the smaller is the answer whatever the sign.
+template <bool DAMPING>
 static void decay(const Call& call, const float* const* ramps, int64_t strip, int64_t rows, float* scores,
                   float* factors, int64_t score_row) {
     const int32_t* frames = call.frame_of_column + strip * STRIP;
@@ -64,6 +75,7 @@ static void decay(const Call& call, const float* const* ramps, int64_t strip, in
     const V one = set1(1.f);
     V factor = one;
     if (kind == FRAME_EXEMPT && !factors) return;
+    if (!factors && is_unchanged(call, ramps, rows, frames[0], kind)) return;
     for (int64_t r = 0; r < rows; r++) {
         if (kind == FRAME_UNIFORM)
             factor = set1(ramps[r][frames[0]]);
@@ -73,7 +85,8 @@ static void decay(const Call& call, const float* const* ramps, int64_t strip, in
             factor = lookup(ramps[r], frames);
         const V x = load(scores + r * score_row);
         if (factors) store(factors + r * score_row, where_positive(x, factor, one));
-        if (kind != FRAME_EXEMPT) store(scores + r * score_row, where_positive(x, mul(x, factor), x));
+        const V product = mul(x, factor);
+        if (kind != FRAME_EXEMPT) store(scores + r * score_row, DAMPING ? minimum(product, x) : where_positive(x, product, x));
     }
 }
 
@@ -118,8 +131,8 @@ static void score_panel(const Call& call, const View& view, const Scoring<Op>& s
         float* scores = s.scores + i * STRIP;
         if (mode == MODIFIED) shift(call, s, strips[i].index, panel_rows, scores);
         if (call.frame_of_column)
-            decay(call, s.ramps, strips[i].index, panel_rows, scores, s.factors ? s.factors + i * STRIP : nullptr,
-                  s.score_row);
+            (call.damping ? decay<true> : decay<false>)(call, s.ramps, strips[i].index, panel_rows, scores,
+                                                        s.factors ? s.factors + i * STRIP : nullptr, s.score_row);
         if (strips[i].bits || strips[i].columns != 0xffff) hide(call, strips[i], panel_rows, scores, s.score_row);
     }
 }

@@ -129,6 +129,15 @@ class Prepared {
         ramp_.resize((size_t)(back + ahead + 1));
         for (int64_t d = -back; d <= ahead; d++)
             ramp_[(size_t)(d + back)] = a.decay[std::min(std::abs(d), a.decay_size - 1)];
+        call.damping = true;
+        for (int64_t d = 0; d < a.decay_size; d++) call.damping = call.damping && a.decay[d] >= 0.f && a.decay[d] <= 1.f;
+        ramp_ones_.assign(ramp_.size(), 0);
+        int32_t run = 0;
+        for (size_t i = ramp_.size(); i-- > 0;) {
+            run = ramp_[i] == 1.f ? std::min<int32_t>(run + 1, STRIP) : 0;
+            ramp_ones_[i] = run;
+        }
+        call.ramp_ones = ramp_ones_.data() + back;
         ones_.assign((size_t)(ahead + 1), 1.f);
         call.ramp = ramp_.data() + back;
         call.ones = ones_.data();
@@ -162,6 +171,7 @@ class Prepared {
     int64_t depth_step_;
     std::vector<uint8_t> kinds_;
     std::vector<float> bias_, ramp_, ones_;
+    std::vector<int32_t> ramp_ones_;
     std::vector<int32_t> frames_;
 };
 

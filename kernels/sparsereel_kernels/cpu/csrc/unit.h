@@ -66,6 +66,8 @@ struct Call {
     const uint8_t* frame_kind;       // by strip
     const float* ramp;               // ramp[d] is the factor for column frame - row frame = d, for every d that occurs
     const float* ones;               // the same for exempt rows; indexed by the column's frame
+    const int32_t* ramp_ones;        // by d: how many factors in a row from ramp[d] on are 1, counted to a strip's length
+    bool damping;                    // every factor lies in [0, 1]
 
     // Backward: statistics of queries by position, [batch * heads, query_positions].
     int64_t query_positions;

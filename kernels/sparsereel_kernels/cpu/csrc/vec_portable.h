@@ -27,6 +27,7 @@ static inline V mul(V x, V y) { EACH(x.p[i] * y.p[i]); }
 static inline V fma(V x, V y, V z) { EACH(x.p[i] * y.p[i] + z.p[i]); }
 static inline f4 choose(i4 mask, f4 yes, f4 no) { return (f4)((mask & (i4)yes) | (~mask & (i4)no)); }
 // The second operand wins where one is NaN, so pass the data second.
+static inline V minimum(V x, V y) { EACH(choose(x.p[i] < y.p[i], x.p[i], y.p[i])); }
 static inline V maximum(V x, V y) { EACH(choose(x.p[i] > y.p[i], x.p[i], y.p[i])); }
 
 static inline float lane(V x, int i) { return x.p[i / 4][i % 4]; }

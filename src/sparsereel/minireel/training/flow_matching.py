@@ -32,28 +32,19 @@ def predict_tokens(
     latents: torch.Tensor,
     levels: torch.Tensor,
     text: torch.Tensor,
-    keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The model's velocity, token by token, optionally of a subset of the tokens only.
-
-    `WanTransformer3DModel.forward` without the reshaping at its end. With `keep`, the other tokens do not exist for
-    this pass; those kept stay at their rotary positions. Attention over a third of a long clip costs a
-    ninth, and teaches the far distances all the same.
+    """The model's velocity, token by token: `WanTransformer3DModel.forward` without the reshaping at its end.
 
     Args:
         latents: (B, C, F, H, W), noisy.
         levels: (B,) noise levels in (0, 1).
         text: (B, L, D) prompt embeddings.
-        keep: (N,) int64 token indices in frame-major order, or None for all.
 
     Returns:
         (B, N, C) in the model's dtype.
     """
     tokens = model.patch_embedding(latents).flatten(2).transpose(1, 2)
     rotary = model.rope(latents)
-    if keep is not None:
-        tokens = tokens[:, keep]
-        rotary = tuple(table[:, keep] for table in rotary)
     time, modulation, text, _ = model.condition_embedder(1000 * levels, text, None)
     modulation = modulation.unflatten(1, (6, -1))
     tokens = tokens.contiguous()
@@ -70,14 +61,11 @@ def flow_loss(
     noise: torch.Tensor,
     levels: torch.Tensor,
     text: torch.Tensor,
-    keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean squared velocity error of each clip: (B,). Shapes as `predict_tokens`; clean and noise are fp32."""
     s = levels.view(-1, 1, 1, 1, 1)
     dtype = model.patch_embedding.weight.dtype
     noisy = (1 - s) * clean + s * noise
-    velocity = predict_tokens(model, noisy.to(dtype), levels, text.to(dtype), keep)
+    velocity = predict_tokens(model, noisy.to(dtype), levels, text.to(dtype))
     target = (noise - clean).flatten(2).transpose(1, 2)
-    if keep is not None:
-        target = target[:, keep]
     return (velocity.float() - target).square().mean((1, 2))

@@ -1,7 +1,6 @@
 """What minireel is trained on and for how long: the numbers, and nothing else.
 
-Sizes grow from stage to stage. Appearance is learned on small clips, where a step is cheap; in long clips only the
-distances in time are new, and a few of the latent frames (`keep_frames`) are enough to learn those.
+Sizes grow within a stage and from stage to stage: appearance is learned on small clips, where a step is cheap.
 """
 
 from __future__ import annotations
@@ -14,12 +13,10 @@ from sparsereel.minireel.training.layouts import SINK_1, SINK_3, SLIDING, START,
 SMALL = ClipSet("small", count=2400, frames=17, height=48, width=48, two=0.15, seed=1)
 NATIVE = ClipSet("native", count=900, frames=33, height=96, width=96, two=0.0, seed=2)
 NATIVE_PAIRS = ClipSet("native_pairs", count=900, frames=33, height=96, width=96, two=1.0, seed=3)
-LONG = ClipSet("long", count=96, frames=129, height=128, width=128, two=0.0, seed=5)
 # They bounce on for longer than a window of the causal model; the starts are those of native clips.
 ENDLESS_SMALL = ClipSet("endless_small", count=600, frames=81, height=48, width=48, two=0.0, seed=6, starts_of=33)
 ENDLESS = ClipSet("endless", count=72, frames=81, height=96, width=96, two=0.0, seed=7, starts_of=33)
 HELD_OUT = ClipSet("held_out", count=12, frames=33, height=96, width=96, two=0.25, seed=101)
-LONG_HELD_OUT = ClipSet("long_held_out", count=2, frames=129, height=128, width=128, two=0.0, seed=103)
 ENDLESS_HELD_OUT = ClipSet("endless_held_out", count=2, frames=81, height=96, width=96, two=0.0, seed=102, starts_of=33)
 
 VAE_MINUTES = 25.0
@@ -33,7 +30,6 @@ class Portion:
     """One kind of step: `batch` clips of a set, drawn for this `share` of the steps.
 
     Attributes:
-        keep_frames: Latent frames that take part in the step, drawn anew each time; None for all.
         shift: Time shift of the noise levels; larger clips are noised more.
         long_text: Share of these steps with prompts padded to 512, stock `WanPipeline`'s default.
         layout: Of the causal stage: which chunks stand in a sequence and who sees whom.
@@ -42,7 +38,6 @@ class Portion:
     clips: ClipSet
     batch: int
     share: float
-    keep_frames: int | None = None
     shift: float = 5.0
     long_text: float = 0.0
     layout: Layout | None = None
@@ -54,9 +49,6 @@ class Stage:
 
     Attributes:
         warm_up: Steps over which the rates rise.
-        rank: Train a LoRA of this rank instead of the weights, by AdamW alone.
-        blend: Share of the trained weights in the result; the rest is the weights the stage started from. Below 1, a
-            short fine-tune gains most of what it learns and loses little of what was there (Wortsman et al., 2022).
     """
 
     name: str
@@ -66,9 +58,7 @@ class Stage:
     adamw_rate: float
     hold: float
     held_out: ClipSet = HELD_OUT
-    blend: float = 1.0
     warm_up: int = 60
-    rank: int | None = None
 
     @property
     def sets(self) -> tuple[ClipSet, ...]:
@@ -86,22 +76,6 @@ TRANSFORMER = Stage(
     muon_rate=1.5e-3,
     adamw_rate=6e-4,
     hold=0.3,
-)
-# A LoRA, as fine-tuning all weights on long clips made native samples worse. It is not shipped: see docs/minireel.md.
-LARGE = Stage(
-    "large",
-    minutes=45,
-    portions=(
-        Portion(LONG, batch=2, share=0.6, keep_frames=10, shift=6.0),
-        Portion(LONG, batch=1, share=0.3, keep_frames=20, shift=7.0),
-        Portion(LONG, batch=1, share=0.1, shift=7.0),
-    ),
-    muon_rate=0.0,
-    adamw_rate=1e-3,
-    hold=0.4,
-    held_out=LONG_HELD_OUT,
-    warm_up=30,
-    rank=32,
 )
 # Who may see whom is learned on small clips, at a quarter of the cost; then at native size, with some small ones left.
 CAUSAL_SMALL = Stage(

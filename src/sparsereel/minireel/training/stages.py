@@ -1,8 +1,7 @@
-"""The six stages, one function each: gather what the stage needs, train, leave a result the next one finds.
+"""The five stages, one function each: gather what the stage needs, train, leave a result the next one finds.
 
-Each returns False when interrupted. Results in the output folder: `vae/`, `data/`, the pipeline folders `transformer/`
-and `large/`, the LoRA in `large_lora/`, and the transformer alone in `causal_small/` and `causal/`; checkpoints lie
-beside them as `<stage>.safetensors`.
+Each returns False when interrupted. Results in the output folder: `vae/`, `data/`, the pipeline folder `transformer/`,
+and the transformer alone in `causal_small/` and `causal/`; checkpoints lie beside them as `<stage>.safetensors`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from rich.console import Console
 from transformers import UMT5EncoderModel
 
 from sparsereel.minireel.training import loop, recipe
-from sparsereel.minireel.training.adapter_stage import AdapterTrainer
 from sparsereel.minireel.training.architecture import (
     build_text_encoder,
     build_transformer,
@@ -60,7 +58,7 @@ def vae(options: Options) -> bool:
 
 def data(options: Options) -> bool:
     """Render and encode every set."""
-    for stage in (recipe.TRANSFORMER, recipe.LARGE, recipe.CAUSAL_SMALL, recipe.CAUSAL):
+    for stage in (recipe.TRANSFORMER, recipe.CAUSAL_SMALL, recipe.CAUSAL):
         _encode(stage, options)
     return True
 
@@ -74,11 +72,6 @@ def transformer(options: Options) -> bool:
         torch.manual_seed(options.seed)
         models = build_transformer(), build_text_encoder()
     return _train_transformer(recipe.TRANSFORMER, models, options)
-
-
-def large(options: Options) -> bool:
-    """A LoRA for large clips, of the transformer stage's model or of `start_from`; `large_lora/` holds it alone."""
-    return _train_transformer(recipe.LARGE, _trained(options), options)
 
 
 def causal_small(options: Options) -> bool:
@@ -128,8 +121,7 @@ def _train_transformer(
     sets = _encode(stage, options)
     held_out = sets[stage.held_out.name]
     decoder = _load_vae(options)
-    kind = TransformerTrainer if stage.rank is None else AdapterTrainer
-    trainer = kind(stage, sets, *models, seed=options.seed, compiled=options.compiled)
+    trainer = TransformerTrainer(stage, sets, *models, seed=options.seed, compiled=options.compiled)
 
     def on_checkpoint() -> None:
         losses = trainer.held_out_loss(held_out)
@@ -137,11 +129,8 @@ def _train_transformer(
         console.print(f"step {trainer.steps}, held-out loss at noise level {shown}")
         with trainer.use_result():
             _write_folder(options.output / stage.name, lambda folder: export(folder, *models, decoder))
-            if isinstance(trainer, AdapterTrainer):
-                _write_folder(options.output / f"{stage.name}_lora", trainer.save)
 
-    seconds = loop.CHECKPOINT_SECONDS if stage.rank is None else HELD_OUT_SECONDS
-    return _train(trainer, stage.name, options, stage.minutes, on_checkpoint, seconds)
+    return _train(trainer, stage.name, options, stage.minutes, on_checkpoint)
 
 
 def _train(

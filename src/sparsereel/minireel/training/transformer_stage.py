@@ -8,7 +8,7 @@ Muon moves the blocks' matrices, AdamW the rest; what a stage ships comes from t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,8 +69,6 @@ class TransformerTrainer:
         rest = [p for p in self.parameters if id(p) not in chosen]
         self.adamw = torch.optim.AdamW(rest, lr=stage.adamw_rate, betas=(0.9, 0.97), weight_decay=0.0)
         self.average = MovingAverage(self.parameters)
-        # A resumed run is built from the same folder, so these need no place in the checkpoint.
-        self.started_from = [parameter.detach().clone() for parameter in self.parameters]
         self.generator = torch.Generator().manual_seed(seed)
         self.no_prompt = tokenise([""])
         self.steps = 0
@@ -110,14 +108,7 @@ class TransformerTrainer:
         text = embed_text(self.text_encoder, ids, mask, LONG_TEXT if is_long else PROMPT_TOKENS)
         levels = sample_noise_levels(portion.batch, generator, portion.shift)
         noise = torch.randn(clean.shape, generator=generator)
-        keep = self._draw_tokens(portion)
-        return flow_loss(self.worker, clean, noise, levels, text, keep).mean()
-
-    def _draw_tokens(self, portion: Portion) -> torch.Tensor | None:
-        if portion.keep_frames is None:
-            return None
-        shape = self.sets[portion.clips.name].latents.shape[2:]
-        return draw_frames(shape, portion.keep_frames, self.generator)
+        return flow_loss(self.worker, clean, noise, levels, text).mean()
 
     def _update(self, factor: float) -> None:
         for group in self.adamw.param_groups:
@@ -149,11 +140,10 @@ class TransformerTrainer:
 
     @contextmanager
     def use_result(self) -> Iterator[None]:
-        """While entered, the models hold what the stage ships: the average, blended with the starting weights."""
+        """While entered, the models hold what the stage ships: the moving average of their weights."""
         own = [parameter.detach().clone() for parameter in self.parameters]
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, self.average.values)
-            torch._foreach_lerp_(self.parameters, self.started_from, 1 - self.stage.blend)
         self._refresh_worker()
         try:
             yield
@@ -183,22 +173,3 @@ class TransformerTrainer:
         self.generator.set_state(tensors["generator"])
         self.steps, self.losses = facts["steps"], dict(facts["losses"])
         self._refresh_worker()
-
-
-def draw_frames(shape: Sequence[int], count: int, generator: torch.Generator) -> torch.Tensor:
-    """Token indices (N,), ascending, of `count` whole latent frames of a clip of shape (F, H, W).
-
-    Half of them follow one another, so that motion stays visible; the others are anywhere, so that far distances are.
-    The draw does not look at the clip, and frames are kept whole: leaving out places instead makes a digit harder to
-    see than it is when sampling, and the model then learns to doubt it and samples empty clips.
-    """
-    frames, height, width = shape
-    if not 0 < count <= frames:
-        raise ValueError(f"keep_frames must lie in 1..{frames} for this clip, got {count}.")
-    run = (count + 1) // 2
-    start = int(torch.randint(frames - run + 1, (1,), generator=generator))
-    others = torch.tensor([frame for frame in range(frames) if not start <= frame < start + run], dtype=torch.int64)
-    chosen = others[torch.randperm(len(others), generator=generator)[: count - run]]
-    kept = torch.cat([torch.arange(start, start + run), chosen]).sort().values
-    cells = height * width
-    return (kept[:, None] * cells + torch.arange(cells)).flatten()
