@@ -16,9 +16,9 @@ from sparsereel.generation import DTYPES, Clip, Request, environment, generate, 
 from sparsereel.media import write_contact_sheet, write_mp4
 from sparsereel.presets import resolve_plan
 
-PROMPT = "a green 3 moving left on grey"
+PROMPT = "a cyan 8 moving up on forest"
 PLAN = "minireel-large"
-SEED = 4
+SEED = 1
 #: Without a compiler PyTorch's slower code runs, without bf16 in hardware everything takes longer: fewer steps then, so
 #: that the demo stays under five minutes on two cores.
 STEPS_SLOW = 11
