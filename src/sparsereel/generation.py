@@ -25,6 +25,8 @@ from sparsereel.sparse_layer import clock
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: names of the models in the box
 BOXED = ("minireel", "minireel-large", "minireel-causal")
+#: those with the weights that `--size` chooses between; None is the first
+SIZED = (None, "minireel", "minireel-large")
 
 
 @dataclass(frozen=True)

@@ -86,9 +86,10 @@ def generate(
 def _published_size(size: str, model: str | None, *given: Any) -> tuple[Any, ...]:
     """The model of one of minireel's published sizes, and what was not given filled from it."""
     from sparsereel import minireel
+    from sparsereel.generation import SIZED
 
     sizes = {"native": minireel.NATIVE, "large": minireel.LARGE}
-    if model not in (None, "minireel", "minireel-large"):
+    if model not in SIZED:
         raise ValueError("--size names minireel's sizes; with --model give --frames, --height and --width")
     if size not in sizes:
         raise ValueError(f"unknown size {size!r}; allowed: {', '.join(sizes)}")

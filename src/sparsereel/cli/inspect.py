@@ -38,10 +38,11 @@ def inspect(
     if prompts is not None or output is not None:
         raise ValueError("--prompts and --output go with --sinks")
     from sparsereel import inspection, minireel
+    from sparsereel.generation import SIZED
     from sparsereel.presets import resolve_plan
 
     resolved = resolve_plan(plan)
-    boxed = model in (None, "minireel", "minireel-large")
+    boxed = model in SIZED
     folder = minireel.WEIGHTS if boxed else Path(str(model)).expanduser()
     tokens = grid_of(grid, size, text, default=boxed)
     found = inspection.inspect_plan(resolved, tokens, inspection.architecture_of(folder), steps=steps)

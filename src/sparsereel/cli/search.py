@@ -47,7 +47,7 @@ def search(
     """
     import sparsereel
     from sparsereel.batch import check_writable, read_prompts
-    from sparsereel.generation import load_pipeline
+    from sparsereel.generation import SIZED, load_pipeline
     from sparsereel.presets import resolve_plan
     from sparsereel.search.settings import Target
 
@@ -55,7 +55,7 @@ def search(
     if output.suffix not in (".yaml", ".yml", ".json") or output.is_dir():
         raise ValueError(f"-o must be a file that ends in .yaml or .json, got {output}")
     known = None if refine is None else resolve_plan(refine)
-    if prompts is None and model not in (None, "minireel", "minireel-large"):
+    if prompts is None and model not in SIZED:
         raise ValueError("with --model give --prompts FILE: one prompt a line")
     texts = _own_prompts() if prompts is None else read_prompts(prompts)
     kept = folder or output.with_name(f"{output.stem}-search")

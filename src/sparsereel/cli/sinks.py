@@ -29,11 +29,11 @@ def probe_sinks(
 ) -> None:
     """Generate from a few prompts, print a table of sinks, and write the plan with them."""
     from sparsereel.batch import read_prompts
-    from sparsereel.generation import generate, load_pipeline
+    from sparsereel.generation import SIZED, generate, load_pipeline
     from sparsereel.presets import resolve_plan
     from sparsereel.sinks import find_sinks, with_sinks
 
-    boxed = model in (None, "minireel", "minireel-large")
+    boxed = model in SIZED
     if boxed:
         size = size or ("large" if model == "minireel-large" else "native")
         model = "minireel-large" if size == "large" else "minireel"

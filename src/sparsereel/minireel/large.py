@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 
+from sparsereel.extend.rope import axis_table, plain_frequencies
+from sparsereel.extend.tables import WAN_BASE
 from sparsereel.minireel.loading import load_folder
 from sparsereel.minireel.pipeline import MiniReelPipeline
 from sparsereel.minireel.sizes import LARGE, NATIVE, TEMPORAL_COMPRESSION
@@ -26,6 +28,7 @@ class LargeMiniReelPipeline(MiniReelPipeline):
     What is particular lies in the transformer's rotary tables, which are no weights: `save_pretrained` loses it.
     """
 
+    # Spelled out: stock calls pass these by position too, and the trained size is read from the signature.
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -38,17 +41,8 @@ class LargeMiniReelPipeline(MiniReelPipeline):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        return super().__call__(
-            prompt,
-            negative_prompt,
-            height,
-            width,
-            num_frames,
-            num_inference_steps,
-            guidance_scale,
-            *args,
-            **kwargs,
-        )
+        size = (height, width, num_frames)
+        return super().__call__(prompt, negative_prompt, *size, num_inference_steps, guidance_scale, *args, **kwargs)
 
 
 def load_large_folder(folder: Any, dtype: torch.dtype, device: str | torch.device) -> LargeMiniReelPipeline:
@@ -67,9 +61,8 @@ def squeeze_time(transformer: WanTransformer3DModel, step: float) -> None:
     if not step > 0:
         raise ValueError(f"step must be positive, got {step}.")
     rope = transformer.rope
-    theta = 10000.0 ** -(torch.arange(0, rope.t_dim, 2, dtype=torch.float64) / rope.t_dim)
-    turned = torch.outer(step * torch.arange(rope.max_seq_len, dtype=torch.float64), theta).repeat_interleave(2, 1)
-    for name, table in (("freqs_cos", turned.cos()), ("freqs_sin", turned.sin())):
+    tables = axis_table(step * plain_frequencies(rope.t_dim, WAN_BASE), rope.max_seq_len)
+    for name, table in zip(("freqs_cos", "freqs_sin"), tables, strict=True):
         changed = getattr(rope, name).clone()
         changed[:, : rope.t_dim] = table.to(changed)
         setattr(rope, name, changed)

@@ -37,13 +37,14 @@ def generate(
     folder: Path, size: Size, prompts: list[str], dtype: torch.dtype, on_clip: Any, *, kernels: bool = False
 ) -> list[np.ndarray]:
     """One clip a prompt, (F, H, W, 3) uint8; the seed of clip i is i. `kernels`: attention by this project's, dense."""
-    import sparsereel
     from sparsereel.minireel.large import load_large_folder
     from sparsereel.minireel.loading import load_folder
 
     pipeline = (load_large_folder if size == LARGE else load_folder)(folder, dtype, "cpu")
     pipeline.set_progress_bar_config(disable=True)
     if kernels:
+        import sparsereel
+
         sparsereel.sparsify(pipeline, sparsereel.AttentionPlan.uniform(sparsereel.patterns.Full()))
     clips = []
     for seed, prompt in enumerate(prompts):
