@@ -146,19 +146,11 @@ def sparsify(pipe_or_model: Any, plan: PlanLike, *, backend: str = "auto") -> Re
     installed: list[nn.Module] = []
     try:
         for component, model in models.items():
-            before = getattr(model, _ATTRIBUTE, None)
-            _remove(model)
-            family = find(model)
-            if family is None:
-                continue
-            injection = Injection(model, family, component, resolved, backend)
-            injection.install(model)
-            installed.append(model)
             # What `extend` asked for outlives a change of plan.
-            if before is not None and before.runtime.extension is not None:
-                injection.extend(model, before.runtime.extension)
-            if not isinstance(pipe_or_model, nn.Module):
-                injection.runtime.steps.register(pipe_or_model)
+            extension = extension_of(model)
+            _remove(model)
+            if _inject(pipe_or_model, model, component, resolved, backend, extension):
+                installed.append(model)
     except BaseException:
         for model in installed:
             _remove(model)
@@ -182,12 +174,53 @@ def restore(pipe_or_model: Any) -> None:
 
 @contextmanager
 def sparsified(pipe_or_model: Any, plan: PlanLike, *, backend: str = "auto") -> Iterator[Report]:
-    """`sparsify` for the length of a `with` block; restored also after exceptions and Ctrl-C."""
+    """`sparsify` for the length of a `with` block.
+
+    Afterwards, also after exceptions and Ctrl-C, what was in force before is in force again: another plan, what
+    `extend` asked for, or nothing. A `restore` inside the block is final.
+    """
+    before = {component: getattr(model, _ATTRIBUTE, None) for component, model in models_of(pipe_or_model).items()}
     result = sparsify(pipe_or_model, plan, backend=backend)
     try:
         yield result
     finally:
+        _put_back(pipe_or_model, before)
+
+
+def _put_back(pipe_or_model: Any, before: dict[str, Injection | None]) -> None:
+    """Bring the injections of before back, by component; their reports begin anew."""
+    models = models_of(pipe_or_model)
+    if all(one is None for one in before.values()) or not any(map(is_sparsified, models.values())):
         restore(pipe_or_model)
+        return
+    for component, model in models.items():
+        _remove(model)
+        one = before.get(component)
+        if one is None:
+            continue
+        runtime = one.runtime
+        _inject(pipe_or_model, model, component, runtime.plan, runtime.backend, runtime.extension)
+        injection_of(model).runtime.dense_as_found = runtime.dense_as_found
+
+
+def _inject(
+    owner: Any, model: nn.Module, component: str, plan: AttentionPlan, backend: str, extension: Extension | None
+) -> bool:
+    """Put a plan on an untouched model of `owner`, a pipeline or the model; False for a family that is not known."""
+    family = find(model)
+    if family is None:
+        return False
+    injection = Injection(model, family, component, plan, backend)
+    injection.install(model)
+    try:
+        if extension is not None:
+            injection.extend(model, extension)
+        if not isinstance(owner, nn.Module):
+            injection.runtime.steps.register(owner)
+    except BaseException:
+        injection.remove(model)
+        raise
+    return True
 
 
 def report(pipe_or_model: Any, *, profile: bool = False) -> Report:
@@ -229,6 +262,12 @@ def injection_of(model: nn.Module) -> Injection:
     if not isinstance(injection, Injection):
         raise ValueError(f"{type(model).__name__} is not sparsified")
     return injection
+
+
+def extension_of(model: nn.Module) -> Extension | None:
+    """What `extend` asked of a model; None where it was not called."""
+    injection = getattr(model, _ATTRIBUTE, None)
+    return None if injection is None else injection.runtime.extension
 
 
 def _rows(component: str, model: nn.Module, injection: Injection) -> list[LayerReport]:

@@ -48,6 +48,22 @@ def forward(tiny):
     return run
 
 
+# ------------------------------------------------------------------ beside sparsified
+
+
+def test_a_with_block_keeps_the_extension(pipe, forward):
+    sparsereel.extend(pipe, frames=2.0, method="pi_time+freenoise")
+    long, short, held = forward(pipe, 10), forward(pipe, 5), vars(pipe)["_sparsereel_extension"]
+    with sparsereel.sparsified(pipe, Neighborhood(window=(1, 3, 3))):
+        assert not torch.equal(forward(pipe, 10), long)
+    assert torch.equal(forward(pipe, 10), long)
+    assert torch.equal(forward(pipe, 5), short)
+    assert vars(pipe)["_sparsereel_extension"] is held
+    sparsereel.restore(pipe)
+    assert torch.equal(forward(pipe, 5), short)
+    assert not torch.equal(forward(pipe, 10), long)
+
+
 # ------------------------------------------------------------------ sizes and refusals
 
 

@@ -45,6 +45,24 @@ def made(tiny, request):
     return make
 
 
+# ------------------------------------------------------------------ what was there before
+
+
+@SEAMS
+def test_a_with_block_gives_back_the_plan_of_before(tiny, made, name):
+    _, model, inputs = made(name)
+    untouched = tiny.run(model, inputs)
+    sparsereel.sparsify(model, Spatial(0), backend="torch")
+    before = tiny.run(model, inputs)
+    with sparsereel.sparsified(model, NEAR):
+        assert not torch.equal(tiny.run(model, inputs), before)
+    assert torch.equal(tiny.run(model, inputs), before)
+    assert model._sparsereel_injection.runtime.backend == "torch"
+    with sparsereel.sparsified(model, NEAR):
+        sparsereel.restore(model)
+    assert torch.equal(tiny.run(model, inputs), untouched)
+
+
 # ------------------------------------------------------------------ exceptions
 
 

@@ -203,3 +203,34 @@ def test_what_stands_alone_is_measured_and_taken_where_it_is_better(pipe, search
         for method in layer.at(3, 4)
     }
     assert (heads == {rival["method"]}) == better
+
+
+def test_a_search_on_an_extended_pipeline_is_for_its_size_and_leaves_it_extended(pipe, tmp_path):
+    sparsereel.extend(pipe, frames=37, method="pi_time")
+    try:
+        small = {"frames": None, "height": 64, "width": 64, "steps": 2, "candidates": ("skip", "temporal")}
+        found = find(pipe, tmp_path, budget=0.8, buckets=1, dense_first=0.0, **small).plan.calibration
+        assert found["size"] == {"frames": 37, "height": 64, "width": 64}
+        assert found["extended"] == "pi in time"
+        assert found["geometry"] == [[0, 10, 8, 8]]
+        assert pipe.transformer._sparsereel_injection.runtime.extension is not None
+        assert "forward" in vars(pipe.transformer.rope)
+    finally:
+        sparsereel.restore(pipe)
+    sparsereel.extend(pipe, frames=37, method="window")
+    try:
+        with pytest.raises(ValueError, match="does not go with window; it takes methods that move tokens only: plain"):
+            find(pipe, tmp_path)
+    finally:
+        sparsereel.restore(pipe)
+
+
+def test_the_command_extends_before_it_searches(pipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sparsereel.generation.load_pipeline", lambda *args: pipe)
+    plan = ["-o", str(tmp_path / "plan.yaml"), "--budget", "0.5"]
+    assert command(["search", *plan, "--extend", "pi_time"]) == 2
+    assert "--extend needs the size to search for" in capsys.readouterr().err
+    assert command(["search", *plan, "--extend", "ultravico", "--frames", "37"]) == 2
+    assert "does not go with ultravico" in capsys.readouterr().err
+    sparsereel.restore(pipe)
+    assert not (tmp_path / "plan.yaml").exists()

@@ -126,6 +126,7 @@ def study(layers: int = 5, heads: int = 6) -> Study:
         ordered=True,
         dtype=torch.float32,
         device_type="cpu",
+        extended="",
         fingerprint="x",
     )
     return Study.of(settings, facts, CANDIDATES, cut_steps(20, 0.1, 3), None)

@@ -27,6 +27,9 @@ def search(
     frames: Annotated[int | None, typer.Option(min=1, help="Number of frames.")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Height in pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Width in pixels.")] = None,
+    extend: Annotated[
+        str | None, typer.Option(help="Search for clips extended by this method to --frames, --height, --width.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     seed: Annotated[int, typer.Option(help="Prompt number n uses seed + n.")] = 0,
@@ -58,10 +61,15 @@ def search(
     if prompts is None and model not in SIZED:
         raise ValueError("with --model give --prompts FILE: one prompt a line")
     texts = _own_prompts() if prompts is None else read_prompts(prompts)
+    if extend is not None and frames is None and height is None and width is None:
+        raise ValueError("--extend needs the size to search for: --frames, --height or --width")
     kept = folder or output.with_name(f"{output.stem}-search")
     check_writable(kept)
+    pipe = load_pipeline(model, dtype, device)
+    if extend is not None:
+        sparsereel.extend(pipe, frames=frames, height=height, width=width, method=extend)
     result = sparsereel.search(
-        load_pipeline(model, dtype, device),
+        pipe,
         texts,
         target_psnr=target_psnr,
         target_speedup=target_speedup,

@@ -83,6 +83,11 @@ class Recipe:
         return unet or any((self.decay, self.window, self.temper, self.mixer))
 
     @property
+    def only_places(self) -> bool:
+        """Whether rotary frequencies are all that is changed."""
+        return self == Recipe(time=self.time, space=self.space)
+
+    @property
     def on_model(self) -> list[Any]:
         """What is installed on the model besides: each has `install(model, extension, runtime) -> handles`."""
         return [part for part in (self.unet, self.statistics, self.views, self.dual) if part is not None]

@@ -48,7 +48,8 @@ def search(
     """Find the best pattern for every head of every layer in each stretch of steps, and measure the plan.
 
     Args:
-        pipe: a diffusers pipeline with a model of a known family.
+        pipe: a diffusers pipeline with a model of a known family, as it is or after `extend`: then the plan is for the
+            longer or larger clip, and calls are of its size where none is given.
         prompts: what to calibrate on; the last `held_out` of them are only used to measure the plan. Prompt number n
             is generated with seed `seed + n`.
         target_psnr: dB against the dense clip; the fastest plan that keeps it.
@@ -72,7 +73,7 @@ def search(
 
     Raises:
         ValueError: not exactly one of target_psnr, target_speedup and budget; a value out of range; too few prompts;
-            a model or pipeline that is not understood.
+            a model or pipeline that is not understood; one that `extend` changed in more than rotary frequencies.
     """
     from sparsereel.search.drive import run_search
     from sparsereel.search.settings import Settings, Target

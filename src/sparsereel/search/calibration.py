@@ -25,6 +25,7 @@ def of(study: Study, recording: Recording, items: list[Item], choice: np.ndarray
         "geometry": facts.geometry(),
         "steps": facts.steps,
         "size": {name: value for name, value in size.items() if value is not None},
+        **({"extended": facts.extended} if facts.extended else {}),
         "model": facts.fingerprint,
         "dtype": str(facts.dtype).removeprefix("torch."),
         "prompts": [settings.prompts[i] for i in settings.calibrating],

@@ -12,6 +12,7 @@ from torch import nn
 
 from sparsereel.families import models_of
 from sparsereel.families.layout import decode
+from sparsereel.inject import extension_of
 from sparsereel.plan import AttentionPlan
 from sparsereel.search import calibration, memory
 from sparsereel.search.candidates import general_presets, resolve
@@ -158,9 +159,17 @@ def run_search(
     show: bool,
 ) -> SearchResult:
     """See `sparsereel.search`."""
-    models_of(pipe)
+    model = next(iter(models_of(pipe).values()))
     if isinstance(pipe, nn.Module):
         raise ValueError(f"a search generates clips, so it needs a pipeline, got the model {type(pipe).__name__} alone")
+    extension = extension_of(model)
+    if extension is not None:
+        if not extension.recipe.only_places:
+            raise ValueError(
+                f"a search records attention as it is, so it does not go with {extension.recipe.describe()}; it takes "
+                "methods that move tokens only: plain, pi, pi_time, ntk, yarn, riflex"
+            )
+        settings = settings.extended(extension.sizes.arguments)
     team = Team.here()
     if team.size > 1 and folder is None:
         raise ValueError("several processes search together through files: give folder")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -88,6 +88,15 @@ class Settings:
                 f"at least {options['held_out'] + 1} are needed"
             )
         return cls(tuple(prompts), target, **{**options, "dense_first": float(dense)})
+
+    def extended(self, arguments: dict[str, int]) -> Settings:
+        """The same on a pipeline that `extend` made fit for calls with these arguments; sizes that were given stay."""
+        return replace(
+            self,
+            frames=self.frames or arguments.get("num_frames"),
+            height=self.height or arguments.get("height"),
+            width=self.width or arguments.get("width"),
+        )
 
     def request(self, number: int) -> Request:
         """The call for prompt `number`."""

@@ -14,7 +14,7 @@ import torch
 from sparsereel.families import find, models_of
 from sparsereel.families.layout import Layout
 from sparsereel.generation import Request
-from sparsereel.inject import injection_of, sparsified
+from sparsereel.inject import extension_of, injection_of, sparsified
 from sparsereel.patterns import Full
 from sparsereel.plan import AttentionPlan, ModelSpec
 from sparsereel.step import StepInfo
@@ -47,7 +47,9 @@ class ModelFacts:
         steps: denoising steps of a run.
         ordered: whether the family puts tokens in tile order once a forward; elsewhere every call does.
         dtype, device_type: of attention.
-        fingerprint: of classes, configs and some weights; recordings of another model are not taken up.
+        extended: what `extend` does, in short; empty where it was not called.
+        fingerprint: of classes, configs, some weights and what `extend` does; recordings of another model are not taken
+            up.
     """
 
     spec: ModelSpec
@@ -56,6 +58,7 @@ class ModelFacts:
     ordered: bool
     dtype: torch.dtype
     device_type: str
+    extended: str
     fingerprint: str
 
     def geometry(self) -> list[list[int]]:
@@ -117,7 +120,9 @@ def look(pipe: Any, request: Request, backend: str) -> ModelFacts:
     models = models_of(pipe)
     _add_twins(layers, models)
     ordered = all(family.orders_tokens for family in map(find, models.values()) if family)
-    return ModelFacts(_spec(models), layers, total, ordered, dtype, device, fingerprint(models))
+    extension = extension_of(next(iter(models.values())))
+    extended = "" if extension is None else extension.recipe.describe()
+    return ModelFacts(_spec(models), layers, total, ordered, dtype, device, extended, fingerprint(models))
 
 
 def _add_twins(layers: dict[tuple[str, int], LayerFacts], models: dict[str, torch.nn.Module]) -> None:
@@ -151,11 +156,14 @@ def _spec(models: dict[str, torch.nn.Module]) -> ModelSpec:
 
 
 def fingerprint(models: dict[str, torch.nn.Module]) -> str:
-    """Hash of classes, configs and the first attention weights."""
+    """Hash of classes, configs, the first attention weights, and what `extend` changes."""
     digest = hashlib.sha256()
     for name, model in sorted(models.items()):
         config = {k: v for k, v in dict(getattr(model, "config", {})).items() if not k.startswith("_")}
         digest.update(json.dumps([name, type(model).__name__, config], sort_keys=True, default=str).encode())
+        extension = extension_of(model)
+        if extension is not None:
+            digest.update(repr((extension.sizes, extension.recipe)).encode())
         weights = next((p for key, p in model.named_parameters() if "attn" in key and p.ndim == 2), None)
         if weights is not None:
             digest.update(weights.detach()[:64].float().cpu().contiguous().numpy().tobytes())
