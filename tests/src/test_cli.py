@@ -99,6 +99,10 @@ BAD = {
     "dtype": (["generate", PROMPT, "--dtype", "int3"], "unknown dtype 'int3'; allowed: fp32, bf16, fp16"),
     "device": (["generate", PROMPT, "--device", "cuda:9"], "device 'cuda:9' cannot be used"),
     "size": (["generate", PROMPT, "--size", "huge"], "unknown size 'huge'; allowed: native, large"),
+    "size of a model": (
+        ["generate", PROMPT, "--model", "minireel-large", "--size", "native"],
+        "--model minireel-large is minireel at --size large",
+    ),
     "no such file of prompts": (["generate", "--prompts", "no.txt"], "cannot read the prompt file no.txt"),
     "steps": (["generate", PROMPT, "--steps", "0"], "--steps"),
     "unknown option": (["generate", PROMPT, "--stepz", "3"], "--stepz"),

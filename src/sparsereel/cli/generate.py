@@ -93,6 +93,8 @@ def _published_size(size: str, model: str | None, *given: Any) -> tuple[Any, ...
         raise ValueError("--size names minireel's sizes; with --model give --frames, --height and --width")
     if size not in sizes:
         raise ValueError(f"unknown size {size!r}; allowed: {', '.join(sizes)}")
+    if model == "minireel-large" and size == "native":
+        raise ValueError("--model minireel-large is minireel at --size large; for native clips leave --model out")
     chosen = sizes[size]
     defaults = (chosen.frames, chosen.height, chosen.width, chosen.steps, chosen.guidance)
     filled = (default if value is None else value for value, default in zip(given, defaults, strict=True))
