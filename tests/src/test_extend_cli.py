@@ -33,6 +33,15 @@ def test_a_clip_longer_than_trained(tmp_path, capsys):
     assert {p.suffix for p in tmp_path.iterdir()} == {".mp4", ".png", ".json"}
 
 
+def test_regional_prompts(tmp_path, capsys):
+    video = tmp_path / "regions.mp4"
+    size = ["--frames", "5", "--height", "128", "--steps", "1", "--method", "cupscale", "-o", str(video), "--json", "-"]
+    regions = ["--region", "0,0,0.5,1=a red 3", "--region", "0.5,0,1,1 = a navy 5"]
+    assert run(["extend", PROMPT, *size, *regions]) == 0
+    method = json.loads(capsys.readouterr().out)["extension"]["method"]
+    assert "('a red 3', (0.0, 0.0, 0.5, 1.0)), ('a navy 5', (0.5, 0.0, 1.0, 1.0))" in method
+
+
 def test_dry_run_says_what_it_would_cost_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(["extend", "--frames", "2x", "--dry-run", "--json", "-"]) == 0
@@ -102,6 +111,13 @@ def test_memory_grows_with_tokens_and_bytes():
         (["--frames", "2x", "--dry-run", "--model", "no/where"], "--dry-run looks at a folder on this machine"),
         ([PROMPT, "--frames", "2x", "-o", "clip.avi"], "must be a file that ends in .mp4"),
         (["--frames", "2x", "--dry-run", "--dtype", "int8"], "unknown dtype 'int8'"),
+        ([PROMPT, "--height", "2x", "--region", "0,0,1=a 3"], '--region is written "top,left,bottom,right=text"'),
+        ([PROMPT, "--height", "2x", "--region", "0,0,1,1= "], '--region is written "top,left,bottom,right=text"'),
+        ([PROMPT, "--height", "64", "--region", "0,0,1,2=a 3", "--method", "cupscale"], "shares of the picture"),
+        (
+            [PROMPT, "--height", "64", "--region", "0,0,1,1=a 3"],
+            "is about windows; give views as well, or a method that",
+        ),
     ],
 )
 def test_wrong_input_is_one_sentence(arguments, text, capsys, tmp_path, monkeypatch):

@@ -11,6 +11,10 @@ from sparsereel.cli import console
 
 if TYPE_CHECKING:
     from sparsereel.extend.forecast import Forecast
+    from sparsereel.extend.recipes import Recipe
+    from sparsereel.extend.regional import Box
+
+    Regions = tuple[tuple[str, Box], ...]
 
 
 def extend(
@@ -21,6 +25,10 @@ def extend(
     method: Annotated[
         str, typer.Option(help="auto, plain, ultravico, window, freenoise, yarn, freeswim ...; several by +")
     ] = "auto",
+    region: Annotated[
+        list[str] | None,
+        typer.Option(help='"0,0,1,0.5=a red fox": a prompt for a box (top, left, bottom, right); cupscale; several.'),
+    ] = None,
     plan: Annotated[str | None, typer.Option(help="Preset name or plan file; dense without it.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="The mp4 to write.")] = Path("out.mp4"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would cost.")] = False,
@@ -37,6 +45,7 @@ def extend(
     sizes = parse_sizes(frames=frames, height=height, width=width)
     if not any(sizes.values()):
         raise ValueError("extend needs --frames, --height or --width, such as --frames 2x")
+    regions = tuple(parse_region(text) for text in region or ())
     if dry_run:
         found = _forecast(model, sizes, method, plan, steps, guidance, dtype, device)
         _print(found)
@@ -47,7 +56,7 @@ def extend(
     from sparsereel.generation import Request
 
     request = Request(prompt, seed=seed, steps=steps, guidance=guidance, negative_prompt=negative_prompt)
-    result = _generate(request, sizes, method, plan, output, model, dtype, device)
+    result = _generate(request, sizes, method, regions, plan, output, model, dtype, device)
     console.emit_json(json, result)
 
 
@@ -67,10 +76,36 @@ def _size(name: str, given: str | None) -> float | int | None:
         raise ValueError(f"--{name} must be a ratio such as 2x or a whole number, got {given!r}") from None
 
 
+def parse_region(given: str) -> tuple[str, Box]:
+    """`0,0,1,0.5=a red fox` as typed: a text, and its box (top, left, bottom, right) in shares of the picture."""
+    numbers, found, text = given.partition("=")
+    try:
+        top, left, bottom, right = map(float, numbers.split(","))
+    except ValueError:
+        found = ""
+    if not found or not text.strip():
+        raise ValueError(f'--region is written "top,left,bottom,right=text", such as "0,0,1,0.5=a fox", got {given!r}')
+    return text.strip(), (top, left, bottom, right)
+
+
+def _with_regions(pipe: Any, sizes: dict[str, Any], method: str, regions: Regions) -> Recipe:
+    """The recipe of a method, with regional prompts."""
+    from dataclasses import replace
+
+    from sparsereel.extend.drive import choose
+    from sparsereel.extend.regional import RegionalPrior
+    from sparsereel.families import models_of
+
+    _, recipe = choose(pipe, models_of(pipe), sizes["frames"], sizes["height"], sizes["width"], method)
+    prior = recipe.regional or RegionalPrior(threshold=0)
+    return replace(recipe, regional=replace(prior, prompts=regions))
+
+
 def _generate(
     request: Any,
     sizes: dict[str, Any],
     method: str,
+    regions: Regions,
     plan: str | None,
     output: Path,
     model: str | None,
@@ -92,7 +127,8 @@ def _generate(
         # Before anything is loaded.
         _forecast(model, sizes, method, plan, request.steps, request.guidance, dtype, device).check()
     pipe = load_pipeline(model, dtype, device)
-    report = sparsereel.extend(pipe, **sizes, method=method, plan=plan)
+    chosen = _with_regions(pipe, sizes, method, regions) if regions else method
+    report = sparsereel.extend(pipe, **sizes, method=chosen, plan=plan)
     extension = report.to_dict()["extension"]
     for note in extension["notes"]:
         console.say(note)

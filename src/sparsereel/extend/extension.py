@@ -24,6 +24,8 @@ from sparsereel.token_order import tile_order
 from sparsereel_kernels import FrameDecay
 
 if TYPE_CHECKING:
+    from sparsereel.extend.prompts import PromptedCall
+    from sparsereel.extend.views import Place
     from sparsereel.runtime import ModelRuntime
 
 logger = logging.getLogger("sparsereel")
@@ -47,10 +49,13 @@ class Extension:
         #: tokens of a window that the model is seen through just now, and of a size on the way to the wanted one
         self.view: Triple | None = None
         self.stage: Triple | None = None
+        #: which of the windows that is; and the pipeline's call, where a regional prior listens to it
+        self.place: Place | None = None
+        self.prompted: PromptedCall | None = None
         #: a call that sees the whole, without the recipe's window
         self.whole = False
         self._decays: dict[Any, FrameDecay] = {}
-        self._told: set[Triple] = set()
+        self._told: set[Triple | str] = set()
 
     # -------------------------------------------------------------- attention
 
@@ -74,6 +79,12 @@ class Extension:
                 *tokens,
                 ", ".join(f"{name}={value}" for name, value in self.sizes.arguments.items()),
             )
+
+    def tell(self, what: str, *details: Any) -> None:
+        """Say once, as a warning, what the method could not do; other `details` do not make it another thing."""
+        if what not in self._told:
+            self._told.add(what)
+            logger.warning(what, *details)
 
     def touches_attention(self, layout: Layout | None) -> bool:
         """Whether attention calls of a model call with this layout may be changed at all."""

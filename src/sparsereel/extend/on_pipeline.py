@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sparsereel.extend.guide import Guide, enlarge, enlarge_pixels
 from sparsereel.extend.noise import Antiphase, redraw
+from sparsereel.extend.prompts import PromptedCall, check_pipeline
 from sparsereel.extend.sizes import Triple
 
 if TYPE_CHECKING:
@@ -54,7 +55,9 @@ def install(pipe: Any, models: dict[str, nn.Module], extensions: dict[str, Exten
         vae = getattr(pipe, "vae", None)
         if recipe.statistics is not None and vae is not None:
             held.handles += recipe.statistics.install_vae(vae, extension, model)
-        if recipe.noise is not None or recipe.guide is not None:
+        if recipe.regional is not None:
+            check_pipeline(pipe, recipe.regional)
+        if recipe.noise is not None or recipe.guide is not None or recipe.regional is not None:
             held.call = ExtendedCall(pipe, model, list(extensions.values()))
             held.handles.append(held.call)
     except BaseException:
@@ -113,6 +116,8 @@ class ExtendedCall:
             with ExitStack() as stack:
                 if self.extension.recipe.noise is not None:
                     stack.enter_context(self._redrawn())
+                if self.extension.recipe.regional is not None:
+                    stack.enter_context(self._prompted())
                 if guide is not None and size[1:] != self.extension.sizes.trained[1:]:
                     stack.enter_context(self._guided(guide, plain, bound, size))
                 return plain(*args, **kwargs)
@@ -145,12 +150,31 @@ class ExtendedCall:
                 stack.enter_context(_shadowed(self.pipe.scheduler, "step", _antiphase_step(self.pipe.scheduler, noise)))
             yield
 
+    # -------------------------------------------------------------- prompts
+
+    @contextmanager
+    def _prompted(self) -> Iterator[None]:
+        """Listen to what the pipeline encodes."""
+        prior = self.extension.recipe.regional
+        assert prior is not None
+        call = PromptedCall(prior, self.pipe, self.extension)
+        for extension in self.extensions:
+            extension.prompted = call
+        try:
+            with _shadowed(self.pipe, "encode_prompt", call.encoding(self.pipe.encode_prompt)):
+                yield
+        finally:
+            for extension in self.extensions:
+                extension.prompted = None
+
     # -------------------------------------------------------------- guide
 
     @contextmanager
     def _guided(self, guide: Guide, plain: Callable[..., Any], bound: Any, size: Triple) -> Iterator[None]:
         """Make the small result, and those on the way; then lead the run in progress by the last of them."""
-        found = self._small(plain, bound, self.extension.sizes.trained[1:])
+        prompted = self.extension.prompted
+        with nullcontext() if prompted is None else prompted.collected():
+            found = self._small(plain, bound, self.extension.sizes.trained[1:])
         for stage in range(1, guide.stages):
             share = stage / guide.stages
             sides = [

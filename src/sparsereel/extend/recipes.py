@@ -24,6 +24,7 @@ from sparsereel.extend.guide import Guide
 from sparsereel.extend.hidiffusion import HiDiffusion
 from sparsereel.extend.mixers import Compressed, Registers
 from sparsereel.extend.noise import Antiphase, Noise, Rescheduled
+from sparsereel.extend.regional import RegionalPrior
 from sparsereel.extend.rope import NTK, PositionInterpolation, RIFLEx, RopePolicy, YaRN
 from sparsereel.extend.sizes import Sizes
 from sparsereel.extend.statistics import LocalStatistics
@@ -53,6 +54,7 @@ class Recipe:
         dual: a second, unwindowed pass for the cross-attention; None = none.
         noise: how the noise of the first step, or of all, is arranged; None = independent.
         guide: how a small result leads the large one; None = nothing is made first.
+        regional: which words and further prompts reach a window of `views`; None = all words reach all.
     """
 
     time: RopePolicy = PLAIN
@@ -67,10 +69,23 @@ class Recipe:
     dual: DualPath | None = None
     noise: Noise | None = None
     guide: Guide | None = None
+    regional: RegionalPrior | None = None
 
     def __post_init__(self) -> None:
         if self.views is not None and self.dual is not None:
             raise ValueError("views and the dual path both put something around the model; take one of them")
+        if self.regional is not None:
+            self._check_regional(self.regional)
+
+    def _check_regional(self, prior: RegionalPrior) -> None:
+        if self.views is None:
+            raise ValueError("a regional prior is about windows; give views as well, or a method that has them")
+        if prior.prompts and not self.views.space:
+            raise ValueError("regional prompts are for windows over the picture, which these views see whole")
+        if prior.threshold and self.guide is None:
+            raise ValueError(
+                "a regional prior screens tokens by a map of the small result; give a guide, or threshold=0"
+            )
 
     def policy(self, axis: int) -> RopePolicy:
         """The policy of axis 0 (frames), 1 (rows) or 2 (columns)."""
@@ -90,7 +105,7 @@ class Recipe:
     @property
     def on_model(self) -> list[Any]:
         """What is installed on the model besides: each has `install(model, extension, runtime) -> handles`."""
-        return [part for part in (self.unet, self.statistics, self.views, self.dual) if part is not None]
+        return [part for part in (self.unet, self.statistics, self.views, self.dual, self.regional) if part is not None]
 
     def describe(self) -> str:
         """In short, for tables."""
@@ -166,6 +181,7 @@ _FREESWIM = Recipe(
     dual=DualPath(),
     guide=Guide(mode="start", through="pixels"),
 )
+_CUPSCALE = Recipe(views=Views(time=False), guide=Guide(mode="lowpass"), regional=RegionalPrior())
 _WAN, _VIDEO, _UNET = ("wan",), ("wan", "hunyuan_video"), ("stable_diffusion",)
 
 #: families and recipe of every name
@@ -191,7 +207,7 @@ NAMES: dict[str, tuple[tuple[str, ...], Make]] = {
     "freeswim": (_WAN, _fixed(_FREESWIM)),
     "multidiffusion": (_WAN + _UNET, _fixed(Recipe(views=Views(time=False)))),
     "demofusion": (_WAN + _UNET, _demofusion),
-    "cupscale": (_WAN + _UNET, _fixed(Recipe(views=Views(time=False), guide=Guide(mode="lowpass")))),
+    "cupscale": (_WAN + _UNET, _fixed(_CUPSCALE)),
     "hidiffusion": (_UNET, _fixed(Recipe(unet=HiDiffusion()))),
     "agent": (_UNET, _fixed(Recipe(mixer=AgentAttention()))),
     "tlc": (_UNET, _fixed(Recipe(statistics=LocalStatistics()))),
@@ -222,9 +238,9 @@ def resolve(method: str | Recipe, family: str, sizes: Sizes) -> Recipe:
 
 #: what a recipe may set, by family
 _PARTS = {
-    "wan": ("time", "space", "decay", "window", "temper", "mixer", "views", "dual", "noise", "guide"),
+    "wan": ("time", "space", "decay", "window", "temper", "mixer", "views", "dual", "noise", "guide", "regional"),
     "hunyuan_video": ("decay",),
-    "stable_diffusion": ("mixer", "unet", "statistics", "views", "guide"),
+    "stable_diffusion": ("mixer", "unet", "statistics", "views", "guide", "regional"),
 }
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: what a view takes of each axis of the latents
 Slices = tuple[slice, slice, slice]
+#: (start, stop) along frames, rows and columns, as shares of the whole
+Shares = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,24 @@ class View:
 
     slices: Slices
     weight: Tensor
+
+    def shares(self, sides: Triple) -> Shares:
+        """Where it lies in latents of so many frames, rows and columns."""
+        a, b, c = ((s.start / side, s.stop / side) for s, side in zip(self.slices, sides, strict=True))
+        return a, b, c
+
+
+@dataclass(frozen=True)
+class Place:
+    """The window that the model sees just now.
+
+    Attributes:
+        windows: all windows of the step.
+        number: which of them.
+    """
+
+    windows: tuple[Shares, ...]
+    number: int
 
 
 @dataclass(frozen=True)
@@ -182,7 +202,7 @@ class ViewedForward:
         try:
             out = self._through_windows(arguments, tokens)
         finally:
-            self.inside, self.extension.view = False, None
+            self.inside, self.extension.view, self.extension.place = False, None, None
         if not wants_dict:
             return (out,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -199,7 +219,11 @@ class ViewedForward:
             draw = random.Random(f"sparsereel jitter {self.runtime.seed()} {step.index}")
         total, weights = None, torch.zeros(latents.shape[-3:] if latents.ndim == 5 else (1, *latents.shape[-2:]))
         weights = weights.to(latents.device)
-        for view in self.views.cut(tokens, self.extension.sizes.trained_tokens, patch, draw):
+        views = self.views.cut(tokens, self.extension.sizes.trained_tokens, patch, draw)
+        sides = (weights.shape[0], weights.shape[1], weights.shape[2])
+        windows = tuple(view.shares(sides) for view in views)
+        for number, view in enumerate(views):
+            self.extension.place = Place(windows, number)
             out = self._call(arguments, name, lambda x, s=view.slices: _part(x, s), view.slices)
             weight = view.weight.to(latents.device)
             if total is None:
@@ -207,6 +231,7 @@ class ViewedForward:
             _part(total, view.slices).add_(out.float() * (weight if out.ndim == 5 else weight[0]))
             weights[view.slices] += weight
         assert total is not None
+        self.extension.place = None
         fused = total / (weights if latents.ndim == 5 else weights[0])
         share = 0.0 if step is None or not self.views.dilated else cosine(step.index, step.total) ** self.views.dilated
         if share > 0:
