@@ -181,6 +181,8 @@ _FREESWIM = Recipe(
     dual=DualPath(),
     guide=Guide(mode="start", through="pixels"),
 )
+# At twice this strength minireel's digits break in two: the model knows one size of them.
+_UPSCALE = Recipe(guide=Guide(mode="start", strength=0.25, through="pixels"))
 _CUPSCALE = Recipe(views=Views(time=False), guide=Guide(mode="lowpass"), regional=RegionalPrior())
 _WAN, _VIDEO, _UNET = ("wan",), ("wan", "hunyuan_video"), ("stable_diffusion",)
 
@@ -207,6 +209,7 @@ NAMES: dict[str, tuple[tuple[str, ...], Make]] = {
     "freeswim": (_WAN, _fixed(_FREESWIM)),
     "multidiffusion": (_WAN + _UNET, _fixed(Recipe(views=Views(time=False)))),
     "demofusion": (_WAN + _UNET, _demofusion),
+    "upscale": (_WAN + _UNET, _fixed(_UPSCALE)),
     "cupscale": (_WAN + _UNET, _fixed(_CUPSCALE)),
     "hidiffusion": (_UNET, _fixed(Recipe(unet=HiDiffusion()))),
     "agent": (_UNET, _fixed(Recipe(mixer=AgentAttention()))),
