@@ -173,6 +173,12 @@ def _demofusion(family: str, sizes: Sizes) -> Recipe:
     return Recipe(views=Views(time=False, jitter=True, dilated=1.0), guide=Guide(stages=stages))
 
 
+def _upscale(family: str, sizes: Sizes) -> Recipe:
+    # Of eight steps the last two: with twice as many minireel's digits break in two, as it knows one size of them.
+    guide = Guide(mode="start", strength=0.25, through="pixels")
+    return Recipe(space=YaRN() if family == "wan" else PLAIN, guide=guide)
+
+
 _FREENOISE = Recipe(views=Views(space=False, stride=0.25), noise=Rescheduled())
 _FLEX = Recipe(time=YaRN(temper=False), noise=Antiphase(), window=InwardWindow(space=False, sink=3))
 _FREESWIM = Recipe(
@@ -181,8 +187,6 @@ _FREESWIM = Recipe(
     dual=DualPath(),
     guide=Guide(mode="start", through="pixels"),
 )
-# At twice this strength minireel's digits break in two: the model knows one size of them.
-_UPSCALE = Recipe(guide=Guide(mode="start", strength=0.25, through="pixels"))
 _CUPSCALE = Recipe(views=Views(time=False), guide=Guide(mode="lowpass"), regional=RegionalPrior())
 _WAN, _VIDEO, _UNET = ("wan",), ("wan", "hunyuan_video"), ("stable_diffusion",)
 
@@ -209,7 +213,7 @@ NAMES: dict[str, tuple[tuple[str, ...], Make]] = {
     "freeswim": (_WAN, _fixed(_FREESWIM)),
     "multidiffusion": (_WAN + _UNET, _fixed(Recipe(views=Views(time=False)))),
     "demofusion": (_WAN + _UNET, _demofusion),
-    "upscale": (_WAN + _UNET, _fixed(_UPSCALE)),
+    "upscale": (_WAN + _UNET, _upscale),
     "cupscale": (_WAN + _UNET, _fixed(_CUPSCALE)),
     "hidiffusion": (_UNET, _fixed(Recipe(unet=HiDiffusion()))),
     "agent": (_UNET, _fixed(Recipe(mixer=AgentAttention()))),
