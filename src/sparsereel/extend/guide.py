@@ -19,7 +19,7 @@ class Guide:
 
         skip      z <- c^p g + (1 - c^p) z                        DemoFusion's skip residual (arXiv 2311.16973)
         lowpass   z <- z + c^p (LP(g) - LP(z))                    after C-Upscale's global structure prior (2505.16976)
-        start     the run begins at noise level `strength` from g SDEdit (2108.01073), FreeSwim's second pass (2511.14712)
+        start     the run begins at noise level `strength` from g SDEdit (2108.01073), FreeSwim's 2nd pass (2511.14712)
 
     LP is the mean over cells of the ratio's size, brought back bilinearly. C-Upscale's own filter and schedule are not
     published.
