@@ -120,10 +120,13 @@ def export(
     vae: AutoencoderKL,
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write a folder that stock `StableDiffusionPipeline` loads; weights are stored in `dtype` as safetensors."""
+    """Write a folder that stock `StableDiffusionPipeline` loads: safetensors, U-Net and VAE stored in `dtype`.
+
+    The text encoder stays in fp32: transformers loads what is stored, diffusers fp32, and the two must agree.
+    """
     pipeline = StableDiffusionPipeline(
         vae=_cast(vae, AutoencoderKL.from_config(_without_path(vae)), dtype),
-        text_encoder=_cast(text_encoder, CLIPTextModel(text_encoder.config), dtype),
+        text_encoder=_cast(text_encoder, CLIPTextModel(text_encoder.config), torch.float32),
         tokenizer=build_tokenizer(),
         unet=_cast(unet, UNet2DConditionModel.from_config(_without_path(unet)), dtype),
         scheduler=build_scheduler(),
