@@ -1,10 +1,10 @@
 """ministill's pictures at its own side and at larger ones, method by method, scored by the judge of still pictures.
 
-    python benchmarks/hidiffusion.py --pictures 24 --ratios 2,4 --methods plain,hidiffusion --sheet docs/images/hidiffusion.png
+    python benchmarks/hidiffusion.py --pictures 24 --ratios 2,4 --sheet docs/images/hidiffusion.png
 
-Prompts and seeds are the same for every method and side. Methods: "plain" (the stock pipeline called at the larger side),
-any that `sparsereel extend` has for U-Nets, and the two halves of HiDiffusion: "raunet", "windows". A run that was
-interrupted, or is called with more methods, ratios or pictures, goes on where it stopped.
+Prompts and seeds are the same for every method and side. Methods: "plain" (the stock pipeline called at the larger
+side), any that `sparsereel extend` has for U-Nets, and the two halves of HiDiffusion: "raunet", "windows". A run that
+was interrupted, or is called with more methods, ratios or pictures, goes on where it stopped.
 
 The judge sees every picture brought down to the native 64 pixels, so one large digit is as good as one small; a sound
 picture shows the right digit, colour and background, and one digit only.

@@ -5,17 +5,14 @@ Loss: L1 + squared error, ink counting six times, plus a slight pull of the post
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from sparsereel.minireel.training.checkpoint import copy_numbered, numbered, under_prefix, with_prefix
-from sparsereel.minireel.training.optim import MovingAverage, Muon, adamw_state, load_adamw_state, warm_up_and_decay
 from sparsereel.ministill import SIDE
 from sparsereel.ministill.training.pictures import to_pixels
+from sparsereel.ministill.training.trainer import MuonTrainer
 from sparsereel_eval.digits import render
 from sparsereel_eval.stills import sample_still
 
@@ -23,6 +20,8 @@ MUON_RATE = 2e-3
 ADAMW_RATE = 4e-4
 KL_WEIGHT = 1e-4
 INK_WEIGHT = 5.0
+# Kernels from or to pixels and latents have too few rows to be orthogonal in any useful sense.
+NARROW = 8
 # (pixels, batch) until this share of the stage. Group norms see a whole picture's statistics only in the second part.
 CROPS = ((0.5, (32, 24)), (1.01, (SIDE, 8)))
 
@@ -38,39 +37,29 @@ def render_pool(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(pictures), torch.stack(inks)
 
 
-class VaeTrainer:
+class VaeTrainer(MuonTrainer):
     """The stage's training state; `pool` is what `render_pool` returns."""
 
     def __init__(self, vae: AutoencoderKL, pool: tuple[torch.Tensor, torch.Tensor], seed: int = 0):
         self.vae, self.pool = vae.train(), pool
-        self.parameters = list(vae.parameters())
-        kernels = [p for p in self.parameters if p.ndim == 4 and min(p.shape[:2]) > LATENT_SIZED]
-        chosen = {id(p) for p in kernels}
-        self.muon = Muon(kernels, weight_decay=0.0)
-        rest = [p for p in self.parameters if id(p) not in chosen]
-        self.adamw = torch.optim.AdamW(rest, lr=ADAMW_RATE, betas=(0.9, 0.95), weight_decay=0.0)
-        self.average = MovingAverage(self.parameters, decay=0.995)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.steps = 0
-        self.losses: dict[str, float] = {}
+        super().__init__(
+            vae.parameters(),
+            [p for p in vae.parameters() if p.ndim == 4 and min(p.shape[:2]) > NARROW],
+            (MUON_RATE, ADAMW_RATE),
+            hold=0.5,
+            decay=0.995,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+            seed=seed,
+        )
 
     def step(self, progress: float) -> None:
         """One update; `progress` is the share of the stage that is done."""
         pixels, batch = next(crop for until, crop in CROPS if progress < until)
         pictures, ink = self._draw_batch(pixels, batch)
         error, divergence = self._losses(pictures, ink)
-        self.vae.zero_grad(set_to_none=True)
-        (error + KL_WEIGHT * divergence).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        if torch.isfinite(norm):
-            factor = warm_up_and_decay(self.steps, progress, hold=0.5)
-            for group in self.adamw.param_groups:
-                group["lr"] = ADAMW_RATE * factor
-            self.adamw.step()
-            self.muon.step(MUON_RATE * factor)
-            self.average.update(self.steps + 1)
-        self.steps += 1
-        self.losses["error"] = 0.98 * self.losses.get("error", error.item()) + 0.02 * error.item()
+        self.update(error + KL_WEIGHT * divergence, progress)
+        self.note("error", error.item())
 
     def _losses(self, pictures: torch.Tensor, ink: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         posterior = self.vae.encode(pictures).latent_dist
@@ -96,31 +85,6 @@ class VaeTrainer:
 
     def _draw(self, limit: int) -> int:
         return int(torch.randint(limit, (1,), generator=self.generator))
-
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Everything a resumed run needs to go on exactly as this one would have."""
-        tensors = {
-            **with_prefix("weights", numbered(self.parameters)),
-            **with_prefix("average", numbered(self.average.values)),
-            **with_prefix("muon", self.muon.state()),
-            **with_prefix("adamw", adamw_state(self.adamw)),
-            "generator": self.generator.get_state(),
-        }
-        return tensors, {"steps": self.steps, "losses": self.losses}
-
-    @torch.no_grad()
-    def load(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-        """Continue from what `state` returned."""
-        copy_numbered(self.parameters, under_prefix("weights", tensors))
-        copy_numbered(self.average.values, under_prefix("average", tensors))
-        self.muon.load(under_prefix("muon", tensors))
-        load_adamw_state(self.adamw, under_prefix("adamw", tensors))
-        self.generator.set_state(tensors["generator"])
-        self.steps, self.losses = facts["steps"], dict(facts["losses"])
-
-
-# Kernels from or to pixels and latents have too few rows to be orthogonal in any useful sense.
-LATENT_SIZED = 8
 
 
 @torch.no_grad()
