@@ -3,8 +3,9 @@
     python benchmarks/hidiffusion.py --pictures 24 --ratios 2,4 --sheet docs/images/hidiffusion.png
 
 Prompts and seeds are the same for every method and side. Methods: "plain" (the stock pipeline called at the larger
-side), any that `sparsereel extend` has for U-Nets, and the two halves of HiDiffusion: "raunet", "windows". A run that
-was interrupted, or is called with more methods, ratios or pictures, goes on where it stopped.
+side), any that `sparsereel extend` has for U-Nets, the two halves of HiDiffusion ("raunet", "windows"), and HiDiffusion
+with other shares of the steps ("t1=0.7", "t1=0.9+t2=0.5"). A run that was interrupted, or is called with more methods,
+ratios or pictures, goes on where it stopped.
 
 The judge sees every picture brought down to the native 64 pixels, so one large digit is as good as one small; a sound
 picture shows the right digit, colour and background, and one digit only.
@@ -107,8 +108,7 @@ def _picture(
     """One picture (H, W, 3) uint8 and its seconds; the pipeline is left as it was."""
     side = round(ratio * ministill.SIDE)
     if method not in ("native", "plain"):
-        recipe = Recipe(unet=HALVES[method]) if method in HALVES else method
-        sparsereel.extend(pipe, height=side, width=side, method=recipe)
+        sparsereel.extend(pipe, height=side, width=side, method=_recipe(method))
     start = time.perf_counter()
     found = pipe(
         prompt,
@@ -122,6 +122,15 @@ def _picture(
     seconds = time.perf_counter() - start
     sparsereel.restore(pipe)
     return np.rint(found * 255).astype(np.uint8), seconds
+
+
+def _recipe(method: str) -> str | Recipe:
+    if method in HALVES:
+        return Recipe(unet=HALVES[method])
+    if method.startswith("t1="):
+        shares = dict(part.split("=") for part in method.split("+"))
+        return Recipe(unet=HiDiffusion(**{name: float(share) for name, share in shares.items()}))
+    return method
 
 
 def _print(pictures: list[dict[str, Any]]) -> None:

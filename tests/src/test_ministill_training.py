@@ -21,7 +21,7 @@ from sparsereel.ministill.training.architecture import (
     build_vae,
     tokenise,
 )
-from sparsereel.ministill.training.pictures import EncodedSet, encode_set
+from sparsereel.ministill.training.pictures import EncodedSet, draw, encode_set
 from sparsereel.ministill.training.recipe import PictureSet
 from sparsereel.ministill.training.unet_stage import UNetTrainer
 from sparsereel.ministill.training.vae_stage import VaeTrainer, render_pool, standardise_latents
@@ -34,7 +34,9 @@ def tiny_unet_trainer() -> UNetTrainer:
     # Plain latents, a value a channel: what a tiny network can learn in seconds.
     latents = torch.randn(4, 4, 1, 1).expand(4, 4, 16, 16).half()
     data = EncodedSet(latents, tokenise([f"a red {digit} on navy" for digit in range(4)]))
-    return UNetTrainer(data, build_unet((8, 8, 16, 16)), build_text_encoder(1), batch=2)
+    close_ups = EncodedSet(-latents, data.ids)
+    models = build_unet((8, 8, 16, 16)), build_text_encoder(1)
+    return UNetTrainer(data, *models, batch=2, close_ups=close_ups, close_after=1)
 
 
 def tiny_vae_trainer() -> VaeTrainer:
@@ -74,6 +76,24 @@ def test_training_lowers_the_loss_at_every_level():
         trainer.step(index / 60)
     after = trainer.held_out_loss(trainer.data)
     assert all(after[level] < before[level] for level in before)
+
+
+def test_close_ups_join_where_the_layout_is_decided():
+    trainer = tiny_unet_trainer()
+    levels = torch.arange(100).repeat_interleave(10) * 10
+    clean, ids = torch.zeros(1000, 4, 16, 16), torch.zeros(1000, 12, dtype=torch.long)
+    latents, prompts = trainer._bring_close(clean, ids, levels)
+    close = latents.abs().amax((1, 2, 3)) > 0
+    assert torch.equal(close, prompts.amax(1) > 0)
+    assert not close[levels >= 600].any()
+    assert close[levels < 600].float().mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_close_ups_show_strokes():
+    pictures = list(draw(PictureSet("close", 12, seed=0, sides=(2, 4))))
+    assert all(pixels.shape == (3, 64, 64) and prompt.startswith("a ") for pixels, prompt in pictures)
+    # The inside of a large 0 may fill a window.
+    assert sum(bool(pixels.std((1, 2)).max() > 0.1) for pixels, _ in pictures) >= 10
 
 
 def test_the_last_level_holds_no_signal():

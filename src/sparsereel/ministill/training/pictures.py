@@ -5,9 +5,11 @@ A set is rendered and encoded once into `<name>.safetensors` (latents as fp16, t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,10 +33,20 @@ class EncodedSet:
     ids: torch.Tensor
 
 
-def describe(spec: PictureSet) -> list[Clip]:
-    """The descriptions of a set, alike on every machine."""
+def draw(spec: PictureSet) -> Iterator[tuple[torch.Tensor, str]]:
+    """Every picture (3, 64, 64) fp32 in [-1, 1] and its prompt, alike on every machine."""
     rng = np.random.default_rng(spec.seed)
-    return [sample_still(rng, SIDE) for _ in range(spec.count)]
+    for _ in range(spec.count):
+        side = SIDE * int(rng.choice(spec.sides)) if len(spec.sides) > 1 else SIDE * spec.sides[0]
+        still = sample_still(rng, side)
+        yield close_up(to_pixels(still), still, rng) if side > SIDE else to_pixels(still), still.prompt
+
+
+def close_up(pixels: torch.Tensor, still: Clip, rng: np.random.Generator) -> torch.Tensor:
+    """A window of native size whose middle is in the digit's box, or as near to it as the picture's edge allows."""
+    digit = still.digits[0]
+    x, y = (int(np.clip(start + rng.uniform(0, digit.box) - SIDE / 2, 0, still.width - SIDE)) for start in digit.start)
+    return pixels[:, y : y + SIDE, x : x + SIDE]
 
 
 def to_pixels(still: Clip) -> torch.Tensor:
@@ -48,14 +60,19 @@ def encode_set(spec: PictureSet, vae: AutoencoderKL, folder: Path, on_picture: C
     path = folder / f"{spec.name}.safetensors"
     if path.exists():
         tensors, facts = checkpoint.load(path)
-        if facts == asdict(spec):
+        if facts == _facts(spec):
             return EncodedSet(tensors["latents"], tensors["ids"])
-    stills = describe(spec)
-    parts = []
-    for start in range(0, len(stills), ENCODE_AT_ONCE):
-        pixels = torch.stack([to_pixels(still) for still in stills[start : start + ENCODE_AT_ONCE]])
-        parts.append(vae.encode(pixels).latent_dist.mode().half())
-        on_picture(start + len(pixels))
-    encoded = EncodedSet(torch.cat(parts), tokenise([still.prompt for still in stills]))
-    checkpoint.save(path, {"latents": encoded.latents, "ids": encoded.ids}, asdict(spec))
+    parts, prompts = [], []
+    pictures = draw(spec)
+    while batch := list(islice(pictures, ENCODE_AT_ONCE)):
+        parts.append(vae.encode(torch.stack([pixels for pixels, _ in batch])).latent_dist.mode().half())
+        prompts += [prompt for _, prompt in batch]
+        on_picture(len(prompts))
+    encoded = EncodedSet(torch.cat(parts), tokenise(prompts))
+    checkpoint.save(path, {"latents": encoded.latents, "ids": encoded.ids}, _facts(spec))
     return encoded
+
+
+def _facts(spec: PictureSet) -> dict[str, Any]:
+    """The set as JSON gives it back."""
+    return asdict(spec) | {"sides": list(spec.sides)}

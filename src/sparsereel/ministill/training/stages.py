@@ -47,8 +47,8 @@ def vae(options: Options) -> bool:
 
 
 def data(options: Options) -> bool:
-    """Render and encode both sets."""
-    for spec in (recipe.TRAINING, recipe.HELD_OUT):
+    """Render and encode every set."""
+    for spec in (recipe.TRAINING, recipe.CLOSE_UPS, recipe.HELD_OUT):
         _encode(spec, options)
     return True
 
@@ -57,7 +57,8 @@ def unet(options: Options) -> bool:
     """Train U-Net and text encoder."""
     torch.manual_seed(options.seed)
     models = build_unet(), build_text_encoder()
-    trainer = UNetTrainer(_encode(recipe.TRAINING, options), *models, seed=options.seed)
+    own, close_ups = _encode(recipe.TRAINING, options), _encode(recipe.CLOSE_UPS, options)
+    trainer = UNetTrainer(own, *models, seed=options.seed, close_ups=close_ups)
     held_out, decoder = _encode(recipe.HELD_OUT, options), _load_vae(options)
 
     def on_checkpoint() -> None:

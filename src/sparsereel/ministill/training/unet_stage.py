@@ -22,9 +22,11 @@ class UNetTrainer(MuonTrainer):
 
     Args:
         data: What to train on.
+        close_ups: What joins it later, see `recipe.CLOSE_AFTER`; None = nothing.
         unet, text_encoder: fp32 models; trained in place.
         seed: Of everything random in the stage.
         batch: Pictures a step.
+        close_after: The first step with close-ups.
     """
 
     def __init__(
@@ -34,8 +36,11 @@ class UNetTrainer(MuonTrainer):
         text_encoder: CLIPTextModel,
         seed: int = 0,
         batch: int = recipe.BATCH,
+        close_ups: EncodedSet | None = None,
+        close_after: int = recipe.CLOSE_AFTER,
     ):
         self.data, self.batch = data, batch
+        self.close_ups, self.close_after = close_ups, close_after
         self.unet, self.text_encoder = unet.train(), text_encoder.train()
         inner = ("down_blocks", "mid_block", "up_blocks")
         super().__init__(
@@ -60,14 +65,27 @@ class UNetTrainer(MuonTrainer):
     def _loss(self) -> torch.Tensor:
         data, batch, generator = self.data, self.batch, self.generator
         chosen = torch.randint(len(data.latents), (batch,), generator=generator)
+        clean, ids = data.latents[chosen].float(), data.ids[chosen]
         dropped = torch.rand(batch, 1, generator=generator) < recipe.DROPPED_PROMPTS
-        ids = torch.where(dropped, self.no_prompt, data.ids[chosen])
         # One level from each of `batch` equal parts of the schedule: less noise in the gradient than free draws.
         total = self.scheduler.config.num_train_timesteps
         level = (torch.arange(batch) + torch.rand(batch, generator=generator)) * (total / batch)
-        clean = data.latents[chosen].float()
+        level = level.long().clamp(max=total - 1)
         noise = torch.randn(clean.shape, generator=generator)
-        return self._error(clean, noise, level.long().clamp(max=total - 1), ids).mean()
+        if self.close_ups is not None and self.steps >= self.close_after:
+            clean, ids = self._bring_close(clean, ids, level)
+        return self._error(clean, noise, level, torch.where(dropped, self.no_prompt, ids)).mean()
+
+    def _bring_close(
+        self, clean: torch.Tensor, ids: torch.Tensor, level: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents and prompts with close-ups in some of the places with little noise."""
+        assert self.close_ups is not None
+        chosen = torch.randint(len(self.close_ups.latents), (len(level),), generator=self.generator)
+        close = torch.rand(len(level), generator=self.generator) < recipe.CLOSE_SHARE
+        close &= level < recipe.CLOSE_BELOW
+        latents = torch.where(close.view(-1, 1, 1, 1), self.close_ups.latents[chosen].float(), clean)
+        return latents, torch.where(close.view(-1, 1), self.close_ups.ids[chosen], ids)
 
     def _error(self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Squared error of the predicted velocity, (B,)."""
