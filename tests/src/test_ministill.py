@@ -43,6 +43,13 @@ def test_pictures_are_what_the_prompt_says(pipe):
         assert judge.score(made, prompt, ministill.SIDE).sound, prompt
 
 
+def test_half_precision_makes_the_same_picture(pipe):
+    half = ministill.load(torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    difference = picture(half, steps=2).astype(float) - picture(pipe, steps=2)
+    assert np.abs(difference).mean() < 6
+
+
 def test_hidiffusion_changes_the_larger_side_only(pipe):
     native, plain = picture(pipe), picture(pipe, 128)
     report = sparsereel.extend(pipe, height=2.0, width=2.0, method="hidiffusion")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -25,6 +26,7 @@ from sparsereel.ministill.training.pictures import EncodedSet, draw, encode_set
 from sparsereel.ministill.training.recipe import PictureSet
 from sparsereel.ministill.training.unet_stage import UNetTrainer
 from sparsereel.ministill.training.vae_stage import VaeTrainer, render_pool, standardise_latents
+from sparsereel_eval.stills import sample_still
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -113,7 +115,6 @@ def test_standard_latents_decode_as_before():
         standardise_latents(vae, 4, seed=0)
         after = vae.decode(vae.encode(pictures).latent_dist.mode()).sample
         drawn = vae.encode(torch.stack([vae_stage.to_pixels(still) for still in stills(4)])).latent_dist
-    # Not to the bit, and not at the border: the convolution after the decoder's first pads with the new zero.
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
     assert drawn.mode().mean((0, 2, 3)).abs().max() < 1e-3
     torch.testing.assert_close(drawn.mode().std((0, 2, 3)), torch.ones(4), rtol=1e-3, atol=1e-3)
@@ -122,10 +123,6 @@ def test_standard_latents_decode_as_before():
 
 def stills(count: int) -> list:
     """What `standardise_latents` measures with seed 0."""
-    import numpy as np
-
-    from sparsereel_eval.stills import sample_still
-
     rng = np.random.default_rng(0)
     return [sample_still(rng, 64) for _ in range(count)]
 

@@ -34,7 +34,7 @@ def load(
     """Load ministill from the package, without network.
 
     Args:
-        dtype: Arithmetic of the U-Net; the VAE and the text encoder, cheap beside it, stay in fp32.
+        dtype: Arithmetic of all three models; the stock pipeline wants one for all.
         device: Where the pipeline goes.
         weights: Another pipeline folder, to use one that training just wrote.
 

@@ -19,8 +19,8 @@ def load_folder(folder: Path, dtype: torch.dtype, device: str | torch.device) ->
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} is no pipeline folder: it has no model_index.json.")
     return StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32),
-        text_encoder=load_text_encoder(folder),
+        vae=AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype),
+        text_encoder=_load_text_encoder(folder, dtype),
         tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),
         unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype),
         scheduler=DDIMScheduler.from_pretrained(folder, subfolder="scheduler"),
@@ -30,12 +30,12 @@ def load_folder(folder: Path, dtype: torch.dtype, device: str | torch.device) ->
     ).to(device)
 
 
-def load_text_encoder(folder: Path) -> CLIPTextModel:
-    """The text encoder in fp32, without the progress bar that transformers draws for a file of 300 kB."""
+def _load_text_encoder(folder: Path, dtype: torch.dtype) -> CLIPTextModel:
+    # transformers draws a progress bar even for a file that loads in milliseconds.
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        return CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval()
+        return CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype).eval()
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
