@@ -30,8 +30,8 @@ LAZILY = {
     "sparsereel": {"sparsereel_eval"},
     "sparsereel_pipelines": {"sparsereel_eval"},
 }
-#: a program of its own, which nothing in the library imports: it may import the judge at once
-PROGRAMS = (PACKAGES["sparsereel"] / "minireel" / "training",)
+#: programs of their own, which nothing in the library imports: they may import the judge at once
+PROGRAMS = tuple(PACKAGES["sparsereel"] / model / "training" for model in ("minireel", "ministill"))
 
 
 def imports_of(tree: ast.AST, lazy: bool = False) -> Iterator[tuple[str, bool, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sparsereel.families import FAMILIES, REFUSED
 
 #: families of which trained weights were run
-_TRAINED = {"wan": "trained weights (minireel)"}
+_TRAINED = {"wan": "trained weights (minireel)", "stable_diffusion": "trained weights (ministill)"}
 _CONFORMANCE = "conformance"
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,16 @@ def copy_numbered(targets: Sequence[torch.Tensor], stored: dict[str, torch.Tenso
     """Copy what `numbered` made into tensors of the same shapes, in order."""
     for index, target in enumerate(targets):
         target.copy_(stored[str(index)])
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write beside, then swap: a reader, or an interruption, never meets half a folder."""
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write(new)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

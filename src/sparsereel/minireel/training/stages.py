@@ -6,7 +6,6 @@ and the transformer alone in `causal_small/` and `causal/`; checkpoints lie besi
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from sparsereel.minireel.training.architecture import (
     export_transformer,
 )
 from sparsereel.minireel.training.causal_stage import CausalTrainer
+from sparsereel.minireel.training.checkpoint import replace_folder
 from sparsereel.minireel.training.clip_sets import ClipSet, EncodedSet, encode_set
 from sparsereel.minireel.training.transformer_stage import TransformerTrainer
 from sparsereel.minireel.training.vae_stage import VaeTrainer, held_out_psnr, measure_latents, render_pool
@@ -52,7 +52,7 @@ def vae(options: Options) -> bool:
     model.eval()
     measure_latents(model, _capped(recipe.MEASURED_CLIPS, options), options.seed)
     console.print(f"VAE on unseen handwriting: {held_out_psnr(model, _capped(16, options)):.1f} dB")
-    _write_folder(folder, model.save_pretrained)
+    replace_folder(folder, model.save_pretrained)
     return True
 
 
@@ -100,7 +100,7 @@ def _train_causal(
         shown = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         console.print(f"step {trainer.steps}, held-out loss of noisy chunks: {shown}")
         with trainer.use_result():
-            _write_folder(options.output / stage.name, lambda folder: export_transformer(folder, trainer.transformer))
+            replace_folder(options.output / stage.name, lambda folder: export_transformer(folder, trainer.transformer))
 
     return _train(trainer, stage.name, options, stage.minutes, on_checkpoint, HELD_OUT_SECONDS)
 
@@ -128,7 +128,7 @@ def _train_transformer(
         shown = "  ".join(f"{level}: {loss:.4f}" for level, loss in losses.items())
         console.print(f"step {trainer.steps}, held-out loss at noise level {shown}")
         with trainer.use_result():
-            _write_folder(options.output / stage.name, lambda folder: export(folder, *models, decoder))
+            replace_folder(options.output / stage.name, lambda folder: export(folder, *models, decoder))
 
     return _train(trainer, stage.name, options, stage.minutes, on_checkpoint)
 
@@ -186,16 +186,3 @@ def _load(kind: Any, folder: Path, part: str) -> Any:
     if not (folder / part).is_dir():
         raise ValueError(f"{folder} holds no {part}/, so it is no folder to start from.")
     return kind.from_pretrained(folder, subfolder=part).float()
-
-
-def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write beside, then swap: a reader, or an interruption, never meets half a folder."""
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    write(new)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
