@@ -174,7 +174,7 @@ def _demofusion(family: str, sizes: Sizes) -> Recipe:
 
 
 def _upscale(family: str, sizes: Sizes) -> Recipe:
-    # minireel knows digits of one size: with a quarter of the steps the enlarged ones lose their strokes, with half they
+    # minireel knows digits of one size: with a quarter of the steps enlarged ones lose their strokes, with half they
     # break in two.
     guide = Guide(mode="start", strength=0.125, through="pixels")
     return Recipe(space=YaRN() if family == "wan" else PLAIN, guide=guide)
