@@ -84,7 +84,7 @@ def test_a_file_of_prompts_goes_on_where_it_stopped(tmp_path, capsys):
 
 
 BAD = {
-    "unknown plan": (["generate", PROMPT, "--plan", "radail"], "neither a preset (minireel-large, minireel-native,"),
+    "unknown plan": (["generate", PROMPT, "--plan", "radail"], "neither a preset (minireel-large, minireel-length-2x,"),
     "no prompt": (["generate"], "give either a PROMPT or --prompts FILE"),
     "compare without a plan": (["generate", PROMPT, "--compare"], "--compare needs --plan"),
     "frames": (

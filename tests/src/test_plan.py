@@ -236,7 +236,10 @@ def test_what_counts_as_a_plan(tmp_path):
 
 def test_presets_fit_every_model_and_are_sparse():
     general = ("neighborhood", "radial", "sliding-tile", "spatial-temporal")
-    assert presets.names() == ("minireel-large", "minireel-native", *general)
+    boxed = ("minireel-large", "minireel-length-2x", "minireel-length-4x", "minireel-native")
+    assert presets.names() == (*boxed, *general)
+    for name in boxed:
+        presets.load(name).check_model("wan", "WanTransformer3DModel", 6, 8)
     grid = TokenGrid(9, 32, 32)
     for name in general:
         plan = presets.load(name)
