@@ -485,7 +485,7 @@ def test_what_cannot_work_is_refused(make):
         sparsereel.extend(pipe, height=2.0, method="ultravico")
     with pytest.raises(
         ValueError,
-        match="unknown method 'warp'; allowed: auto, plain, multidiffusion, demofusion, cupscale, hidiffusion",
+        match="unknown method 'warp'; allowed: auto, plain, multidiffusion, demofusion, upscale, cupscale",
     ):
         sparsereel.extend(pipe, height=2.0, method="warp")
     with pytest.raises(ValueError, match="share of the steps from 0 to 1, got 2"):
