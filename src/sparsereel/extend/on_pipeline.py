@@ -20,6 +20,7 @@ from sparsereel.extend.guide import Guide, enlarge, enlarge_pixels
 from sparsereel.extend.noise import Antiphase, redraw
 from sparsereel.extend.prompts import PromptedCall, check_pipeline
 from sparsereel.extend.sizes import Triple
+from sparsereel.inject import extension_of
 
 if TYPE_CHECKING:
     from sparsereel.extend.extension import Extension
@@ -69,8 +70,7 @@ def install(pipe: Any, models: dict[str, nn.Module], extensions: dict[str, Exten
 
 def at_work(model: nn.Module, extension: Extension) -> bool:
     """Whether the model is still extended in this way."""
-    injection = getattr(model, "_sparsereel_injection", None)
-    return injection is not None and injection.runtime.extension is extension
+    return extension_of(model) is extension
 
 
 class ExtendedCall:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,10 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def load_folder(folder: Path, dtype: torch.dtype, device: str | torch.device) -> MiniReelPipeline:
     """The pipeline of a folder in `WanPipeline` format; see `sparsereel.minireel.load` for the arguments."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder} is no pipeline folder: it has no model_index.json.")
+    check_folder(folder, dtype)
     transformer = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=dtype)
     vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
     pipeline = MiniReelPipeline(
@@ -33,11 +32,25 @@ def load_folder(folder: Path, dtype: torch.dtype, device: str | torch.device) ->
 
 
 def _load_text_encoder(folder: Path) -> UMT5EncoderModel:
-    # transformers draws a progress bar even for a file that loads in milliseconds.
+    with no_progress_bar():
+        return UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval()
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """transformers draws a progress bar even for a file that loads in milliseconds."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        return UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval()
+        yield
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+def check_folder(folder: Path, dtype: torch.dtype) -> None:
+    """Refuse what is no pipeline folder, and dtypes that the models in the box do not run in."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder} is no pipeline folder: it has no model_index.json.")

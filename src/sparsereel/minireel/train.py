@@ -67,20 +67,15 @@ def main(arguments: list[str] | None = None) -> int:
         help="compile the blocks: five times faster, needs a C++ compiler",
     )
     given = parser.parse_args(arguments)
+    from sparsereel.minireel.training import loop
+
     if given.threads:
         torch.set_num_threads(given.threads)
     options = Options(
         given.output, given.minutes, given.steps, given.clips, given.seed, given.compile, given.start_from
     )
-    try:
-        finished = run(options, STAGES if given.stage == "all" else (given.stage,))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if not finished:
-        print("Stopped and saved. The same command goes on from here.")
-        return 130
-    return 0
+    stages = STAGES if given.stage == "all" else (given.stage,)
+    return loop.exit_code(lambda: run(options, stages))
 
 
 def run(options: Options, stages: tuple[str, ...] = STAGES) -> bool:

@@ -7,17 +7,13 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from sparsereel.minireel.loading import check_folder, no_progress_bar
 
 
 def load_folder(folder: Path, dtype: torch.dtype, device: str | torch.device) -> StableDiffusionPipeline:
     """The pipeline of a folder in `StableDiffusionPipeline` format; see `sparsereel.ministill.load`."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder} is no pipeline folder: it has no model_index.json.")
+    check_folder(folder, dtype)
     return StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype),
         text_encoder=_load_text_encoder(folder, dtype),
@@ -31,11 +27,5 @@ def load_folder(folder: Path, dtype: torch.dtype, device: str | torch.device) ->
 
 
 def _load_text_encoder(folder: Path, dtype: torch.dtype) -> CLIPTextModel:
-    # transformers draws a progress bar even for a file that loads in milliseconds.
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
+    with no_progress_bar():
         return CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype).eval()
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -54,18 +54,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     given = parser.parse_args(arguments)
+    from sparsereel.minireel.training import loop
+
     if given.threads:
         torch.set_num_threads(given.threads)
     options = Options(given.output, given.steps, given.minutes, given.pictures, given.seed)
-    try:
-        finished = run(options, STAGES if given.stage == "all" else (given.stage,))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if not finished:
-        print("Stopped and saved. The same command goes on from here.")
-        return 130
-    return 0
+    stages = STAGES if given.stage == "all" else (given.stage,)
+    return loop.exit_code(lambda: run(options, stages))
 
 
 def run(options: Options, stages: tuple[str, ...] = STAGES) -> bool:

@@ -7,10 +7,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -99,16 +106,21 @@ def build_text_encoder(layers: int = 2) -> UMT5EncoderModel:
     return UMT5EncoderModel(config)
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, lower case, `</s>` at the end (so that the empty prompt has one token)."""
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+def build_tokenizer(words: Sequence[str] = WORDS, longest: int = 512) -> PreTrainedTokenizerFast:
+    """One token a word, lower case, `</s>` at the end (so that the empty prompt has one token).
+
+    Args:
+        words: Those it knows.
+        longest: Tokens of the longest prompt.
+    """
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     # "an orange 3" is good English and means what "a orange 3", seen in training, means.
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"\ban\b"), "a")])
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=longest
     )
 
 
@@ -122,11 +134,16 @@ def export(
     """Write a folder that stock `WanPipeline` loads; weights are stored in `dtype` as safetensors."""
     pipeline = WanPipeline(
         tokenizer=build_tokenizer(),
-        text_encoder=_cast(text_encoder, build_text_encoder(text_encoder.config.num_layers), dtype),
-        vae=_cast(vae, AutoencoderKLWan.from_config(vae.config), dtype),
+        text_encoder=cast(text_encoder, build_text_encoder(text_encoder.config.num_layers), dtype),
+        vae=cast(vae, AutoencoderKLWan.from_config(vae.config), dtype),
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SAMPLING_SHIFT),
-        transformer=_cast(transformer, WanTransformer3DModel.from_config(transformer.config), dtype),
+        transformer=cast(transformer, WanTransformer3DModel.from_config(transformer.config), dtype),
     )
+    write_pipeline(pipeline, folder)
+
+
+def write_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Save a pipeline with a word tokenizer so that transformers 4 and 5 load it."""
     pipeline.save_pretrained(folder)
     # transformers 5 writes a class name that 4 does not know; both know this one.
     for name, changes in (
@@ -141,11 +158,11 @@ def export_transformer(folder: Path, transformer: WanTransformer3DModel, dtype: 
     """Write the transformer alone, stored in `dtype`: a folder for `WanTransformer3DModel.from_pretrained`."""
     # Where the weights once lay says nothing to others.
     config = {key: value for key, value in transformer.config.items() if key != "_name_or_path"}
-    stored: WanTransformer3DModel = _cast(transformer, WanTransformer3DModel.from_config(config), dtype)
+    stored: WanTransformer3DModel = cast(transformer, WanTransformer3DModel.from_config(config), dtype)
     stored.save_pretrained(folder)
 
 
-def _cast(trained: torch.nn.Module, copy: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+def cast(trained: torch.nn.Module, copy: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """`copy` with the trained weights in another dtype; the trained module stays as it is."""
     copy.load_state_dict(trained.state_dict())
     return copy.to(dtype)

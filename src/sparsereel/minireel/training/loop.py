@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -106,3 +107,16 @@ class _Clock:
 
     def seconds(self) -> float:
         return time.monotonic() - self.start
+
+
+def exit_code(run: Callable[[], bool]) -> int:
+    """Run stages for a command: 0 done, 2 wrong use (one sentence on stderr), 130 interrupted."""
+    try:
+        finished = run()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not finished:
+        print("Stopped and saved. The same command goes on from here.")
+        return 130
+    return 0

@@ -18,24 +18,18 @@ from transformers import UMT5EncoderModel
 
 from sparsereel.arithmetic import arithmetic
 from sparsereel.minireel.training.attention import use_kernels
-from sparsereel.minireel.training.checkpoint import copy_numbered, numbered, under_prefix, with_prefix
 from sparsereel.minireel.training.clip_sets import PROMPT_TOKENS, EncodedSet, tokenise
 from sparsereel.minireel.training.flow_matching import embed_text, flow_loss, sample_noise_levels
-from sparsereel.minireel.training.optim import (
-    MovingAverage,
-    Muon,
-    adamw_state,
-    load_adamw_state,
-    warm_up_and_decay,
-)
+from sparsereel.minireel.training.optim import MovingAverage, Muon, warm_up_and_decay
 from sparsereel.minireel.training.recipe import Portion, Stage
+from sparsereel.minireel.training.resumable import Resumable
 
 LONG_TEXT = 512
 DROPPED_PROMPTS = 0.1
 HELD_OUT_LEVELS = (0.3, 0.6, 0.85, 0.95)
 
 
-class TransformerTrainer:
+class TransformerTrainer(Resumable):
     """One stage's training state.
 
     Args:
@@ -152,24 +146,7 @@ class TransformerTrainer:
                 torch._foreach_copy_(self.parameters, own)
             self._refresh_worker()
 
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Everything a resumed run needs to go on exactly as this one would have."""
-        tensors = {
-            **with_prefix("weights", numbered(self.parameters)),
-            **with_prefix("average", numbered(self.average.values)),
-            **with_prefix("muon", self.muon.state()),
-            **with_prefix("adamw", adamw_state(self.adamw)),
-            "generator": self.generator.get_state(),
-        }
-        return tensors, {"steps": self.steps, "losses": self.losses}
-
-    @torch.no_grad()
     def load(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
-        copy_numbered(self.parameters, under_prefix("weights", tensors))
-        copy_numbered(self.average.values, under_prefix("average", tensors))
-        self.muon.load(under_prefix("muon", tensors))
-        load_adamw_state(self.adamw, under_prefix("adamw", tensors))
-        self.generator.set_state(tensors["generator"])
-        self.steps, self.losses = facts["steps"], dict(facts["losses"])
+        super().load(tensors, facts)
         self._refresh_worker()

@@ -6,8 +6,6 @@ crops grow during the stage from single frames of 32 pixels to 17 frames of 64.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,15 +13,9 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
 from sparsereel.arithmetic import arithmetic
-from sparsereel.minireel.training.checkpoint import copy_numbered, numbered, under_prefix, with_prefix
 from sparsereel.minireel.training.clip_sets import encode_mean, to_model_range
-from sparsereel.minireel.training.optim import (
-    MovingAverage,
-    Muon,
-    adamw_state,
-    load_adamw_state,
-    warm_up_and_decay,
-)
+from sparsereel.minireel.training.optim import MovingAverage, Muon, warm_up_and_decay
+from sparsereel.minireel.training.resumable import Resumable
 from sparsereel_eval.digits import render, sample_clip
 
 MUON_RATE = 2e-3
@@ -52,7 +44,7 @@ def render_pool(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(videos), torch.stack(inks)
 
 
-class VaeTrainer:
+class VaeTrainer(Resumable):
     """The stage's training state; `pool` is what `render_pool` returns."""
 
     def __init__(self, vae: AutoencoderKLWan, pool: tuple[torch.Tensor, torch.Tensor], seed: int = 0):
@@ -128,27 +120,6 @@ class VaeTrainer:
         )
         window = (slice(first, first + frames), slice(top, top + pixels), slice(left, left + pixels))
         return videos[(index, slice(None), *window)], inks[(index, *window)]
-
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Everything a resumed run needs to go on exactly as this one would have."""
-        tensors = {
-            **with_prefix("weights", numbered(self.parameters)),
-            **with_prefix("average", numbered(self.average.values)),
-            **with_prefix("muon", self.muon.state()),
-            **with_prefix("adamw", adamw_state(self.adamw)),
-            "generator": self.generator.get_state(),
-        }
-        return tensors, {"steps": self.steps, "losses": self.losses}
-
-    @torch.no_grad()
-    def load(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-        """Continue from what `state` returned."""
-        copy_numbered(self.parameters, under_prefix("weights", tensors))
-        copy_numbered(self.average.values, under_prefix("average", tensors))
-        self.muon.load(under_prefix("muon", tensors))
-        load_adamw_state(self.adamw, under_prefix("adamw", tensors))
-        self.generator.set_state(tensors["generator"])
-        self.steps, self.losses = facts["steps"], dict(facts["losses"])
 
 
 def decode_unclamped(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:

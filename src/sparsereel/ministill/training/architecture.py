@@ -5,14 +5,14 @@ All are stock diffusers and transformers classes, in the block layout of Stable 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
+from sparsereel.minireel.training.architecture import build_tokenizer as word_tokenizer
+from sparsereel.minireel.training.architecture import cast, write_pipeline
 from sparsereel_eval.digits import BACKGROUNDS, COLOURS
 
 LATENT_CHANNELS = 4
@@ -72,20 +72,8 @@ def build_text_encoder(layers: int = 2) -> CLIPTextModel:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, lower case, `</s>` at the end, padded to 12."""
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    # "an orange 3" is good English and means what "a orange 3", seen in training, means.
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"\ban\b"), "a")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_max_length=PROMPT_TOKENS,
-    )
+    """One token a word, padded to 12."""
+    return word_tokenizer(WORDS, PROMPT_TOKENS)
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -125,31 +113,18 @@ def export(
     The text encoder stays in fp32: transformers loads what is stored, diffusers fp32, and the two must agree.
     """
     pipeline = StableDiffusionPipeline(
-        vae=_cast(vae, AutoencoderKL.from_config(_without_path(vae)), dtype),
-        text_encoder=_cast(text_encoder, CLIPTextModel(text_encoder.config), torch.float32),
+        vae=cast(vae, AutoencoderKL.from_config(_without_path(vae)), dtype),
+        text_encoder=cast(text_encoder, CLIPTextModel(text_encoder.config), torch.float32),
         tokenizer=build_tokenizer(),
-        unet=_cast(unet, UNet2DConditionModel.from_config(_without_path(unet)), dtype),
+        unet=cast(unet, UNet2DConditionModel.from_config(_without_path(unet)), dtype),
         scheduler=build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.save_pretrained(folder)
-    # transformers 5 writes a class name that 4 does not know; both know this one.
-    for name, changes in (
-        ("model_index.json", {"tokenizer": ["transformers", "PreTrainedTokenizerFast"]}),
-        ("tokenizer/tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"}),
-    ):
-        path = folder / name
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=2) + "\n")
+    write_pipeline(pipeline, folder)
 
 
 def _without_path(model: AutoencoderKL | UNet2DConditionModel) -> dict:
     """A configuration that does not say where the weights once lay."""
     return {key: value for key, value in model.config.items() if key != "_name_or_path"}
-
-
-def _cast(trained: torch.nn.Module, copy: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """`copy` with the trained weights in another dtype; the trained module stays as it is."""
-    copy.load_state_dict(trained.state_dict())
-    return copy.to(dtype)

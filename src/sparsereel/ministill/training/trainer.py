@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
-from sparsereel.minireel.training.checkpoint import copy_numbered, numbered, under_prefix, with_prefix
-from sparsereel.minireel.training.optim import MovingAverage, Muon, adamw_state, load_adamw_state, warm_up_and_decay
+from sparsereel.minireel.training.optim import MovingAverage, Muon, warm_up_and_decay
+from sparsereel.minireel.training.resumable import Resumable
 
 
-class MuonTrainer:
+class MuonTrainer(Resumable):
     """Base of the stages' trainers; a stage adds `step`.
 
     Args:
@@ -76,24 +75,3 @@ class MuonTrainer:
             yield
         finally:
             self.average.swap()
-
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Everything a resumed run needs to go on exactly as this one would have."""
-        tensors = {
-            **with_prefix("weights", numbered(self.parameters)),
-            **with_prefix("average", numbered(self.average.values)),
-            **with_prefix("muon", self.muon.state()),
-            **with_prefix("adamw", adamw_state(self.adamw)),
-            "generator": self.generator.get_state(),
-        }
-        return tensors, {"steps": self.steps, "losses": self.losses}
-
-    @torch.no_grad()
-    def load(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-        """Continue from what `state` returned."""
-        copy_numbered(self.parameters, under_prefix("weights", tensors))
-        copy_numbered(self.average.values, under_prefix("average", tensors))
-        self.muon.load(under_prefix("muon", tensors))
-        load_adamw_state(self.adamw, under_prefix("adamw", tensors))
-        self.generator.set_state(tensors["generator"])
-        self.steps, self.losses = facts["steps"], dict(facts["losses"])
