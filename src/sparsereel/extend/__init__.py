@@ -33,7 +33,7 @@ def extend(
     as if `extend` had not been called. A second call replaces the first; `restore` undoes it, bit for bit.
 
     Args:
-        pipe: a diffusers pipeline with a model of a family that can be extended (wan, hunyuan_video).
+        pipe: a diffusers pipeline with a model of a family that can be extended (wan, hunyuan_video, stable_diffusion).
         frames: how long. A float is a ratio of the trained length in latent frames (2.0 turns Wan's 81 frames, 21
             latent ones, into 165); an int is a number of frames. None leaves the length to the call.
         height, width: likewise in pixels; a ratio is rounded to the nearest size that the pipeline takes.
