@@ -11,6 +11,7 @@ template <class Op>
 struct Backward {
     typename Op::Elem *first, *second;  // rows: q and grad_out, or k and v
     typename Op::Elem *weights, *grads; // p and ds of a panel
+    typename Op::Elem* keys;            // k as rows of whole strips, where the gradient of queries is summed up as well
     float *scores, *dots, *factors, *peak, *sums, *more_sums, *bias_sums;
     const float** ramps;
     Panel* panels;
@@ -27,6 +28,7 @@ struct Backward {
         sums = take_sums(scratch, rows, call.packed[2].padded);
         more_sums = call.operands > 3 ? take_sums(scratch, rows, call.packed[3].padded) : nullptr;
         bias_sums = take_floats(scratch, rows);
+        keys = call.query_sums ? take_rows<Op>(scratch, rows, call.packed[2].padded) : nullptr;
         ramps = (const float**)take(scratch, rows * (int64_t)sizeof(float*));
         panels = take_panels(scratch, rows);
     }
@@ -61,10 +63,12 @@ INLINE float blend(const Call& call, const Backward<Op>& w, int64_t row, const S
     return hsum(total);
 }
 
-// One run of strips for one panel; lse and delta begin at the panel's first row, or at column 0.
+// One run of strips for one panel; lse and delta begin at the panel's first row, or at column 0. `turns` and query_sums
+// are the query head's, or null.
 template <class Op>
 static void backward_panel(const Call& call, const View& view, const Backward<Op>& w, Panel* panel, const float* bias,
-                           const float* lse, const float* delta, Strip* strips, int64_t count) {
+                           const float* lse, const float* delta, Strip* strips, int64_t count, Turns* turns,
+                           float* query_sums) {
     int64_t padded = pad_strips(strips, count), first = panel->first;
     bool keys = call.pass == KEY_GRADIENT;
     Scoring<Op> scores = {w.first + first * call.packed[0].padded, 0, w.scores, w.peak, SCORE_ROW, w.ramps + first,
@@ -83,6 +87,14 @@ static void backward_panel(const Call& call, const View& view, const Backward<Op
         Weighing<Op> weights = {w.weights, WEIGHT_ROW<Op>, 3, w.more_sums + first * call.packed[3].padded, nullptr,
                                 panel->started};
         weigh_panel<Op>(call, view, weights, panel->rows, strips, count);
+    }
+    if constexpr (FUSES) {
+        if (query_sums) {
+            const int64_t padded_dim = call.packed[2].padded;
+            reach(call, view, turns, panel->at.strip ? panel->at.block + 1 : panel->at.block);
+            spread_panel(w.grads, WEIGHT_ROW<Op>, w.keys + first * padded_dim, padded_dim, panel->rows, strips, count,
+                         query_sums);
+        }
     }
     panel->started = true;
 }
@@ -104,16 +116,25 @@ static void backward_head(const Call& call, const Task& task, const Backward<Op>
     }
     Strip strips[RUN + COLUMNS];
     const int64_t run = run_length(call);
+    Turns turns = turns_of(call, task, query_head);
+    float* query_sums = call.query_sums ? query_sums_of(call, task.batch, query_head) : nullptr;
     for (int64_t i = 0; i < panels; i++) w.panels[i].at = {0, 0};
     for (bool more = true; more;) {
         more = false;
+        int64_t least = view.end;  // entries that all panels are done with
         for (int64_t i = 0; i < panels; i++) {
             Panel* p = w.panels + i;
             int64_t n = next_strips(call, view, &p->at, task.row + p->first, p->rows, strips, run);
+            least = Split::smaller(least, p->at.block);
             if (!n) continue;
-            backward_panel<Op>(call, view, w, p, bias, call.lse + statistics, call.delta + statistics, strips, n);
+            backward_panel<Op>(call, view, w, p, bias, call.lse + statistics, call.delta + statistics, strips, n, &turns,
+                               query_sums);
             more = true;
         }
+        if (!query_sums) continue;
+        // Also of what was left out: its share is nothing, but those behind count it.
+        if (!more) reach(call, view, &turns, view.end);
+        pass_on(call, view, &turns, Split::smaller(least, turns.reached));
     }
 }
 
@@ -150,6 +171,7 @@ static void key_gradient(const Call& call, const Task& task, char* scratch) {
     int64_t panels = start_panels(w.panels, live, 0);
     copy_rows<Op>(a.k, a.dtype, task.batch, task.head, token, live, a.head_dim, call.packed[0].padded, w.first);
     copy_rows<Op>(a.v, a.dtype, task.batch, task.head, token, live, a.v_dim, call.packed[1].padded, w.second);
+    if (w.keys) copy_rows<Op>(a.k, a.dtype, task.batch, task.head, token, live, a.head_dim, call.packed[2].padded, w.keys);
     set_ramps(call, token, live, w.ramps);
     for (int64_t h = task.head * group; h < (task.head + 1) * group; h++) {
         for (int64_t r = 0; r < task.rows; r++) w.bias_sums[r] = 0.f;
@@ -164,6 +186,16 @@ static void key_gradient(const Call& call, const Task& task, char* scratch) {
         write_row(token_of(a.grad_k, a.dtype, task.batch, task.head, token + r), a.dtype, a.head_dim, nullptr, false, 0.f);
         write_row(token_of(a.grad_v, a.dtype, task.batch, task.head, token + r), a.dtype, a.v_dim, nullptr, false, 0.f);
     }
+}
+
+static void finish(const Call& call, int64_t batch, int64_t head, int64_t block, int64_t place) {
+    const SparsereelArgs& a = *call.args;
+    const int64_t padded = call.packed[2].padded, first = block * call.column_block;
+    const int64_t rows = Split::smaller(call.column_block, a.q_len - first);
+    const float* sums = call.query_sums + place * call.strips_per_block * STRIP * padded;
+    for (int64_t r = 0; r < rows; r++)
+        write_row(token_of(a.grad_q, a.dtype, batch, head, first + r), a.dtype, a.head_dim, sums + r * padded, true,
+                  (float)a.scale);
 }
 
 // lse and delta of the queries [first, last), by position.

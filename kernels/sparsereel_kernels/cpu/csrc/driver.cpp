@@ -16,6 +16,8 @@ namespace {
 constexpr int64_t TASK_ROWS = 192;  // larger blocks of rows are cut
 // Packed operands at a time, unless one head needs more. Many threads need many tasks a wave.
 constexpr int64_t WAVE_BYTES = int64_t(8) << 20, WAVE_BYTES_A_THREAD = int64_t(4) << 20;
+// The same where one pass makes all gradients, at most, to give every thread a head.
+constexpr int64_t FUSED_BYTES = int64_t(1) << 30;
 constexpr int64_t MEASURED_ROWS = 256;
 // A call of few tasks (few queries, many keys) is cut along the keys as well, to give every thread something to do. The
 // rule looks at sizes only, never at the number of threads, so that results do not depend on it.
@@ -45,6 +47,12 @@ class Runner {
         int64_t wave_bytes = std::max(WAVE_BYTES, a_.threads * WAVE_BYTES_A_THREAD);
         int64_t head_bytes = std::max<int64_t>(1, packed * prepared_.head_bytes());
         int64_t wave = std::max<int64_t>(1, std::min(heads, wave_bytes / head_bytes));
+        if (prepared_.fused()) {
+            call_.parts = ceil_div(call_.row_block, TASK_ROWS);
+            // Tasks of one head wait for each other, so every thread should find a head of its own.
+            int64_t own = std::min(a_.threads, std::max<int64_t>(1, FUSED_BYTES / head_bytes));
+            wave = std::max(wave, std::min(heads, own));
+        }
         Workspace space((size_t)(wave * head_bytes));
         prepared_.place(space.data(), wave * packed);
         size_t scratch_bytes = unit_.scratch_bytes(call_, std::min(call_.row_block, TASK_ROWS));
@@ -56,6 +64,7 @@ class Runner {
             Pieces pieces = cut(whole);
             execute(pieces.count.empty() ? whole : pieces.tasks, scratch_bytes);
             merge(pieces);
+            if (prepared_.fused()) finish(first * packed, last * packed);
         }
     }
 
@@ -74,6 +83,16 @@ class Runner {
                 int64_t head = first + i / call_.column_blocks, block = i % call_.column_blocks;
                 int64_t b = head / call_.column_heads, h = head % call_.column_heads;
                 if (needed(b, h, block)) unit_.pack(call_, b, h, block, i);
+                if (prepared_.fused()) prepared_.clear(i);
+            }
+        });
+    }
+
+    void finish(int64_t first, int64_t last) const {
+        pool_.run((last - first) * call_.column_blocks, [&](const Jobs& next) {
+            for (int64_t i = next(); i >= 0; i = next()) {
+                int64_t head = first + i / call_.column_blocks;
+                unit_.finish(call_, head / a_.heads, head % a_.heads, i % call_.column_blocks, i);
             }
         });
     }
@@ -88,20 +107,24 @@ class Runner {
     }
 
     // Tasks of the kv heads [first, last), dear ones first. Tasks of like cost keep their order: neighbours share keys.
+    // Tasks that add to shared sums come in the order in which they add.
     std::vector<Task> tasks(int64_t first, int64_t last) const {
         int64_t parts = ceil_div(call_.row_block, TASK_ROWS), part = ceil_div(call_.row_block, parts);
-        int64_t heads = prepared_.keys_are_rows() ? 1 : group_;
+        int64_t heads = prepared_.keys_are_rows() ? 1 : group_, rows = (last - first) * heads;
+        const bool fused = prepared_.fused();
         std::vector<std::pair<int, Task>> sorted;
-        for (int64_t i = first * heads; i < last * heads; i++)
-            for (int64_t block = 0; block < call_.row_blocks; block++) {
-                int64_t b = i / (a_.kv_heads * heads), h = i % (a_.kv_heads * heads);
-                int level = 0;
-                const int64_t entries = cost(b, h, block);
-                for (int64_t rest = entries; rest; rest >>= 1) level++;
-                int64_t end = std::min(call_.row_block, call_.row_len - block * call_.row_block);
-                for (int64_t row = 0; row < end; row += part)
-                    sorted.push_back({-level, {(int32_t)b, (int32_t)h, block, row, std::min(part, end - row), 0, entries}});
-            }
+        for (int64_t n = 0; n < rows * call_.row_blocks; n++) {
+            // Block by block where tasks of one head wait for each other, so that threads find other heads.
+            int64_t i = first * heads + (fused ? n % rows : n / call_.row_blocks);
+            int64_t block = fused ? n / rows : n % call_.row_blocks;
+            int64_t b = i / (a_.kv_heads * heads), h = i % (a_.kv_heads * heads);
+            int level = 0;
+            const int64_t entries = cost(b, h, block);
+            for (int64_t rest = fused ? 0 : entries; rest; rest >>= 1) level++;
+            int64_t end = std::min(call_.row_block, call_.row_len - block * call_.row_block);
+            for (int64_t row = 0; row < end; row += part)
+                sorted.push_back({-level, {(int32_t)b, (int32_t)h, block, row, std::min(part, end - row), 0, entries}});
+        }
         std::stable_sort(sorted.begin(), sorted.end(), [](const auto& x, const auto& y) { return x.first < y.first; });
         std::vector<Task> result;
         result.reserve(sorted.size());
@@ -189,21 +212,27 @@ void backward(const SparsereelArgs& a, const Unit& unit, const Pool& pool) {
     check_sizes(a);
     Mask mask(a, pool);
     if (a.has_mask) mask.turn(pool);
-    Prepared queries(a, unit, QUERY_GRADIENT, &mask, pool), keys(a, unit, KEY_GRADIENT, &mask, pool);
-    size_t positions = (size_t)(a.batch * a.heads * queries.call.query_positions);
+    if (a.has_mask && unit.fuses) mask.rank(pool);
+    Prepared keys(a, unit, KEY_GRADIENT, &mask, pool);
+    size_t positions = (size_t)(a.batch * a.heads * keys.call.query_positions);
     std::vector<float> lse(positions, __builtin_inff()), delta(positions, 0.f);
-    for (Prepared* p : {&queries, &keys}) {
-        p->call.lse = lse.data();
-        p->call.delta = delta.data();
-    }
+    keys.call.lse = lse.data();
+    keys.call.delta = delta.data();
     int64_t chunks = ceil_div(a.q_len, MEASURED_ROWS);
     pool.run(a.batch * a.heads * chunks, [&](const Jobs& next) {
         for (int64_t i = next(); i >= 0; i = next()) {
             int64_t head = i / chunks, row = i % chunks * MEASURED_ROWS;
-            unit.measure(queries.call, head / a.heads, head % a.heads, row, std::min(row + MEASURED_ROWS, a.q_len));
+            unit.measure(keys.call, head / a.heads, head % a.heads, row, std::min(row + MEASURED_ROWS, a.q_len));
         }
     });
-    Runner(queries, unit, mask, pool).run();
+    if (unit.fuses) {
+        keys.fuse();
+    } else {
+        Prepared queries(a, unit, QUERY_GRADIENT, &mask, pool);
+        queries.call.lse = lse.data();
+        queries.call.delta = delta.data();
+        Runner(queries, unit, mask, pool).run();
+    }
     Runner(keys, unit, mask, pool).run();
 }
 

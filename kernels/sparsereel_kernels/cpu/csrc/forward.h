@@ -124,17 +124,12 @@ INLINE void soften(const Forward<Op>& w, int64_t row, int64_t columns, float sca
     w.fade[row] = fade;
 }
 
-// The same for all rows of a panel, whose maxima are still to be found; what happens once a row is done for 16 at a time.
+// The same for all rows of a panel; what happens once a row is done for 16 at a time. peak: of STRIP numbers the rows'.
 template <class Op>
-static void soften_panel(const Forward<Op>& w, int64_t rows, int64_t columns, float scale, float* top, float* total) {
+static void soften_panel(const Forward<Op>& w, float* peak, int64_t rows, int64_t columns, float scale, float* top,
+                         float* total) {
     static_assert(PEAKS || PANEL_ROWS <= STRIP, "one vector holds a number for each row");
-    alignas(64) float peak[STRIP], base[STRIP];
-    for (int64_t r = 0; r < rows; r++) {
-        const float* s = w.scores + r * SCORE_ROW;
-        V most = load(s);
-        for (int64_t i = STRIP; i < columns; i += STRIP) most = maximum(most, load(s + i));
-        peak[r] = hmax(most);
-    }
+    alignas(64) float base[STRIP];
     for (int64_t r = rows; r < STRIP; r++) peak[r] = NONE;
     const V before = load(top), now = maximum(mul(load(peak), set1(scale)), before);
     // Rows that have seen nothing yet: their scores of -inf must not meet a base of -inf.
@@ -165,12 +160,14 @@ static void forward_panel(const Call& call, const View& view, const Forward<Op>&
     int64_t padded = pad_strips(strips, count), first = panel->first;
     Scoring<Op> scoring = {w.q + first * call.packed[0].padded, 0, w.scores, w.peak, SCORE_ROW,
                            w.ramps + first, bias, nullptr, nullptr};
-    score_panel<Op>(call, view, scoring, score_mode(call), panel->rows, strips, padded);
     if constexpr (PEAKS) {
+        score_panel<Op>(call, view, scoring, score_mode(call), panel->rows, strips, padded);
         for (int64_t r = 0; r < panel->rows; r++)
             soften<Op>(w, r, padded * STRIP, pending_scale(call), w.top + first + r, w.total + first + r);
     } else {
-        soften_panel<Op>(w, panel->rows, padded * STRIP, pending_scale(call), w.top + first, w.total + first);
+        alignas(64) float peak[STRIP];
+        score_and_find_peaks(call, view, scoring, panel->rows, strips, padded, peak);
+        soften_panel<Op>(w, peak, panel->rows, padded * STRIP, pending_scale(call), w.top + first, w.total + first);
     }
     Weighing<Op> weighing = {w.weights, WEIGHT_ROW<Op>, 1, w.sums + first * call.packed[1].padded, w.fade,
                              panel->started};

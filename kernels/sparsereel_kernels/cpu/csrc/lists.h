@@ -9,7 +9,7 @@ struct Strip {
 
 // What the rows of one block see of one head of the column side.
 struct View {
-    const int32_t *full, *partial, *tile;
+    const int32_t *full, *partial, *tile, *full_rank, *partial_rank;
     int64_t fulls, partials, limit;
     int64_t end;  // entries of both lists that count: all of them, or a piece's
     const char* packed[4];  // strip 0 of the head, for each operand
@@ -34,6 +34,10 @@ static View view_of(const Call& call, int64_t batch, int64_t query_head, int64_t
     view.partial = lists.partial_index + partial;
     view.tile = lists.partial_tile + partial;
     view.partials = lists.partial_count[row];
+    if (call.turns) {
+        view.full_rank = lists.full_rank + full;
+        view.partial_rank = lists.partial_rank + partial;
+    }
     view.end = view.fulls + view.partials;
     return view;
 }

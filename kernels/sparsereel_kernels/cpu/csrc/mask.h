@@ -1,6 +1,7 @@
 // The block lists of a call: checked, turned around for the gradients of keys, and what they visit at all.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <vector>
@@ -30,7 +31,7 @@ class Mask {
 
     Lists by_query() const {
         return {a_.full_count, a_.full_index, a_.partial_count, a_.partial_index, a_.partial_tile,
-                nullptr,       nullptr,       a_.max_full,      a_.max_partial};
+                nullptr,       nullptr,       a_.max_full,      a_.max_partial,      nullptr,         nullptr};
     }
 
     // Number of the mask's head for a sample and a query head.
@@ -48,7 +49,8 @@ class Mask {
     // The same lists by key block; call `turn` first.
     Lists by_key() const {
         return {full_.count.data(),    full_.index.data(),     partial_.count.data(), partial_.index.data(),
-                partial_.tile.data(), full_.start.data(), partial_.start.data(), 0, 0};
+                partial_.tile.data(), full_.start.data(),      partial_.start.data(), 0, 0,
+                full_.rank.data(),    partial_.rank.data()};
     }
     int64_t key_cost(int64_t batch, int64_t head, int64_t block) const {
         size_t row = (size_t)(head_of(batch, head) * key_blocks_ + block);
@@ -57,6 +59,26 @@ class Mask {
     void turn(const Pool& pool) {
         turn(pool, a_.full_count, a_.full_index, nullptr, a_.max_full, &full_);
         turn(pool, a_.partial_count, a_.partial_index, a_.partial_tile, a_.max_partial, &partial_);
+    }
+
+    // How often a query block was named by the key blocks before, for every entry of the turned lists.
+    void rank(const Pool& pool) {
+        full_.rank.resize(full_.index.size());
+        partial_.rank.resize(partial_.index.size());
+        pool.run(heads(), [&](const Jobs& next) {
+            std::vector<int32_t> named((size_t)query_blocks_);
+            for (int64_t i = next(); i >= 0; i = next()) {
+                std::fill(named.begin(), named.end(), 0);
+                for (int64_t row = i * key_blocks_; row < (i + 1) * key_blocks_; row++) {
+                    for (Turned* lists : {&full_, &partial_})
+                        for (int64_t e = lists->start[row]; e < lists->start[row + 1]; e++)
+                            lists->rank[e] = named[(size_t)lists->index[e]];
+                    for (Turned* lists : {&full_, &partial_})
+                        for (int64_t e = lists->start[row]; e < lists->start[row + 1]; e++)
+                            named[(size_t)lists->index[e]]++;
+                }
+            }
+        });
     }
 
     // Bits with rows of a multiple of 8 bytes, so that four strips are read as one word.
@@ -84,7 +106,7 @@ class Mask {
 
   private:
     struct Turned {
-        std::vector<int32_t> count, index, tile;
+        std::vector<int32_t> count, index, tile, rank;
         std::vector<int64_t> start;
     };
 

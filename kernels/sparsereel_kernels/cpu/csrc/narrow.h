@@ -113,7 +113,53 @@ static void hide(const Call& call, const Strip& strip, int64_t rows, float* scor
     }
 }
 
-// Scores of a panel of rows with a run of strips.
+// The largest score of every row.
+static void find_peaks(const float* scores, int64_t score_row, int64_t rows, int64_t columns, float* peak) {
+    for (int64_t r = 0; r < rows; r++) {
+        const float* s = scores + r * score_row;
+        V most = load(s);
+        for (int64_t i = STRIP; i < columns; i += STRIP) most = maximum(most, load(s + i));
+        peak[r] = hmax(most);
+    }
+}
+
+// The same after FrameDecay, which is done on the way, row by row: the scores are read once. They may be hidden already,
+// since -inf is not positive.
+template <bool DAMPING>
+static void decay_and_find_peaks(const Call& call, const float* const* ramps, const Strip* strips, int64_t count,
+                                 float* scores, int64_t score_row, int64_t rows, float* peak) {
+    int32_t first[RUN + COLUMNS];
+    uint8_t kind[RUN + COLUMNS];
+    for (int64_t i = 0; i < count; i++) {
+        first[i] = call.frame_of_column[strips[i].index * STRIP];
+        kind[i] = call.frame_kind[strips[i].index];
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        const float* ramp = ramps[r];
+        const int32_t* ones = call.ramp_ones + (ramp - call.ramp);
+        const bool exempt = ramp == call.ones;
+        float* s = scores + r * score_row;
+        V most = set1(NONE);
+        for (int64_t i = 0; i < count; i++) {
+            V x = load(s + i * STRIP);
+            if (!exempt && kind[i] != FRAME_EXEMPT) {
+                const float* at = ramp + first[i];
+                const bool mixed = kind[i] == FRAME_MIXED, uniform = kind[i] == FRAME_UNIFORM;
+                if (mixed || (uniform ? *at != 1.f : ones[first[i]] < STRIP)) {
+                    const V factor = mixed ? lookup(ramp, call.frame_of_column + strips[i].index * STRIP)
+                                     : uniform ? set1(*at) : load(at);
+                    const V product = mul(x, factor);
+                    x = DAMPING ? minimum(product, x) : where_positive(x, product, x);
+                    store(s + i * STRIP, x);
+                }
+            }
+            most = maximum(most, x);
+        }
+        peak[r] = hmax(most);
+    }
+}
+
+// Scores of a panel of rows with a run of strips. In mode PLAIN FrameDecay is left to whoever comes next.
 template <class Op>
 static void score_panel(const Call& call, const View& view, const Scoring<Op>& s, ScoreMode mode, int64_t panel_rows,
                         const Strip* strips, int64_t count) {
@@ -130,10 +176,25 @@ static void score_panel(const Call& call, const View& view, const Scoring<Op>& s
     for (int64_t i = 0; i < count; i++) {
         float* scores = s.scores + i * STRIP;
         if (mode == MODIFIED) shift(call, s, strips[i].index, panel_rows, scores);
-        if (call.frame_of_column)
+        if (mode != PLAIN && call.frame_of_column)
             (call.damping ? decay<true> : decay<false>)(call, s.ramps, strips[i].index, panel_rows, scores,
                                                         s.factors ? s.factors + i * STRIP : nullptr, s.score_row);
         if (strips[i].bits || strips[i].columns != 0xffff) hide(call, strips[i], panel_rows, scores, s.score_row);
+    }
+}
+
+// The same, and the largest score of every row, [STRIP].
+template <class Op>
+static void score_and_find_peaks(const Call& call, const View& view, const Scoring<Op>& s, int64_t panel_rows,
+                                 const Strip* strips, int64_t count, float* peak) {
+    const ScoreMode mode = score_mode(call);
+    if (mode == DECAYED) {
+        score_panel<Op>(call, view, s, PLAIN, panel_rows, strips, count);
+        (call.damping ? decay_and_find_peaks<true> : decay_and_find_peaks<false>)(call, s.ramps, strips, count, s.scores,
+                                                                                 s.score_row, panel_rows, peak);
+    } else {
+        score_panel<Op>(call, view, s, mode, panel_rows, strips, count);
+        find_peaks(s.scores, s.score_row, panel_rows, count * STRIP, peak);
     }
 }
 

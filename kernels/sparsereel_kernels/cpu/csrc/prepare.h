@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "mask.h"
@@ -34,22 +35,39 @@ class Prepared {
     bool keys_are_rows() const { return call.pass == KEY_GRADIENT; }
     int64_t strips() const { return call.column_blocks * call.strips_per_block; }
 
+    // Sums the gradient of queries up in the pass over keys, which comes alone then.
+    void fuse() { fused_ = true; }
+    bool fused() const { return fused_; }
+
     // Of one head of the column side.
     int64_t head_bytes() const {
         int64_t bytes = 0;
         for (int64_t o = 0; o < call.operands; o++) bytes += call.packed[o].bytes;
-        return bytes * strips();
+        return bytes * strips() + (fused_ ? sums_bytes() : 0);
     }
 
-    // Points the operands at memory for `heads` heads.
+    // Points the operands, and the sums of queries, at memory for `heads` heads.
     void place(char* memory, int64_t heads) {
         for (int64_t o = 0; o < call.operands; o++) {
             call.packed[o].data = memory;
             memory += heads * strips() * call.packed[o].bytes;
         }
+        if (!fused_) return;
+        call.query_sums = (float*)memory;
+        turns_.resize((size_t)(heads * call.column_blocks));
+        call.turns = turns_.data();
+    }
+
+    // Nothing has been added to the sums of query block number `place` of the wave.
+    void clear(int64_t place) {
+        const int64_t bytes = sums_bytes() / call.column_blocks;
+        std::memset((char*)call.query_sums + place * bytes, 0, (size_t)bytes);
+        turns_[(size_t)place] = 0;
     }
 
   private:
+    int64_t sums_bytes() const { return strips() * STRIP * call.packed[2].padded * 4; }
+
     void set_sizes() {
         const SparsereelArgs& a = *call.args;
         int64_t block_q = a.has_mask ? a.block_q : DENSE_BLOCK_Q, block_k = a.has_mask ? a.block_k : DENSE_BLOCK_K;
@@ -173,6 +191,8 @@ class Prepared {
     std::vector<float> bias_, ramp_, ones_;
     std::vector<int32_t> ramp_ones_;
     std::vector<int32_t> frames_;
+    bool fused_ = false;
+    std::vector<int32_t> turns_;
 };
 
 }  // namespace sparsereel

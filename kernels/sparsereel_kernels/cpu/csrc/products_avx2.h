@@ -106,6 +106,51 @@ static void add_strips(const float* weights, int64_t weight_row, const float* co
             : SPARSEREEL_CLOBBERS); \
     }
 
+// One step of the transposed product: a row of 16 features times one weight for each of the R columns.
+#define SPARSEREEL_TAKE(at, low, high) \
+    "vbroadcastss " #at "(%[a]), %%ymm2\n\t" \
+    "vfmadd231ps %%ymm0, %%ymm2, %%ymm" #low "\n\t" \
+    "vfmadd231ps %%ymm1, %%ymm2, %%ymm" #high "\n\t"
+#define SPARSEREEL_TAKE1 SPARSEREEL_TAKE(0, 4, 5)
+#define SPARSEREEL_TAKE2 SPARSEREEL_TAKE1 SPARSEREEL_TAKE(4, 6, 7)
+#define SPARSEREEL_TAKE3 SPARSEREEL_TAKE2 SPARSEREEL_TAKE(8, 8, 9)
+#define SPARSEREEL_TAKE4 SPARSEREEL_TAKE3 SPARSEREEL_TAKE(12, 10, 11)
+#define SPARSEREEL_TAKE5 SPARSEREEL_TAKE4 SPARSEREEL_TAKE(16, 12, 13)
+#define SPARSEREEL_TAKE6 SPARSEREEL_TAKE5 SPARSEREEL_TAKE(20, 14, 15)
+
+// sums[R, 16] += the sum over depth of weights[d, R] (transposed) * rows[d, 16]; depth is at least 1.
+template <int R>
+static void spread_strip(const float* weights, int64_t weight_row, const float* rows, int64_t row, int64_t depth,
+                         float* sums, int64_t sum_row);
+
+#define SPARSEREEL_SPREAD(R) \
+    template <> \
+    void spread_strip<R>(const float* weights, int64_t weight_row, const float* rows, int64_t row, int64_t depth, \
+                         float* sums, int64_t sum_row) { \
+        const int64_t step = weight_row * 4, row_step = row * 4, c_step = sum_row * 4; \
+        const float *a = weights, *b = rows; \
+        float* c3 = sums + 3 * sum_row; \
+        __asm__ volatile( \
+            SPARSEREEL_EACH##R(SPARSEREEL_LOAD) \
+            ".p2align 5\n" \
+            "1:\n\t" \
+            "vmovups (%[b]), %%ymm0\n\t" \
+            "vmovups 32(%[b]), %%ymm1\n\t" SPARSEREEL_TAKE##R \
+            "add %[step], %[a]\n\t" \
+            "add %[row_step], %[b]\n\t" \
+            "dec %[n]\n\t" \
+            "jnz 1b\n\t" SPARSEREEL_EACH##R(SPARSEREEL_SAVE) \
+            : [a] "+r"(a), [b] "+r"(b), [n] "+r"(depth) \
+            : [step] "r"(step), [row_step] "r"(row_step), [c] "r"(sums), [c3] "r"(c3), [c_step] "r"(c_step) \
+            : SPARSEREEL_CLOBBERS); \
+    }
+
+SPARSEREEL_SPREAD(1)
+SPARSEREEL_SPREAD(2)
+SPARSEREEL_SPREAD(3)
+SPARSEREEL_SPREAD(4)
+SPARSEREEL_SPREAD(5)
+SPARSEREEL_SPREAD(6)
 SPARSEREEL_PRODUCTS(1)
 SPARSEREEL_PRODUCTS(2)
 SPARSEREEL_PRODUCTS(3)

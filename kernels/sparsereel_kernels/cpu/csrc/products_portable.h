@@ -22,3 +22,16 @@ static void add_strips(const float* weights, int64_t weight_row, const float* co
     for (int64_t i = 0; i < count; i++) multiply<F32, R, 1>(c, weights + i * STRIP, weight_row, {strips[i]}, STRIP, STRIP);
     UNROLL for (int r = 0; r < R; r++) store(sums + r * sum_row, c[r][0]);
 }
+
+// sums[R, 16] += the sum over depth of weights[d, R] (transposed) * rows[d, 16]
+template <int R>
+static void spread_strip(const float* weights, int64_t weight_row, const float* rows, int64_t row, int64_t depth,
+                         float* sums, int64_t sum_row) {
+    V c[R];
+    UNROLL for (int r = 0; r < R; r++) c[r] = load(sums + r * sum_row);
+    for (int64_t d = 0; d < depth; d++) {
+        const V x = load(rows + d * row);
+        UNROLL for (int r = 0; r < R; r++) c[r] = fma(set1(weights[d * weight_row + r]), x, c[r]);
+    }
+    UNROLL for (int r = 0; r < R; r++) store(sums + r * sum_row, c[r]);
+}

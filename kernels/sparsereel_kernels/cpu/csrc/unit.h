@@ -25,6 +25,8 @@ struct Lists {
     const int32_t *partial_count, *partial_index, *partial_tile;
     const int64_t *full_start, *partial_start;
     int64_t max_full, max_partial;
+    // Lists of key blocks, by entry: in how many earlier entries other key blocks name the same query block.
+    const int32_t *full_rank, *partial_rank;
 };
 
 // A tensor of the column side, packed for the heads of a wave, in strips of 16 tokens.
@@ -73,6 +75,11 @@ struct Call {
     int64_t query_positions;
     float* lse;    // in powers of two, +inf for queries without keys
     float* delta;  // sum(grad_out * out) - grad_lse
+
+    // KEY_GRADIENT that sums up the gradient of queries as well (ordered.h), for the query heads of a wave; else null.
+    float* query_sums;  // [heads, query_positions, padded]
+    int32_t* turns;     // [heads, query blocks]: shares added so far
+    int64_t parts;      // tasks that a key block is cut into
 };
 
 // The position of token t is (t / block) * strips_per_block * 16 + t % block: strips never cross a block.
@@ -87,9 +94,12 @@ struct Task {
 struct Unit {
     const char* name;
     bool pairs;          // can multiply bf16 pairs
+    bool fuses;          // sums up the gradients of queries in one pass with those of keys and values
     int64_t depth_step;  // head_dim of transposed pairs is rounded up to this
     // Packs one block of columns of one (batch, column head): `place` is its number in the packed buffers.
     void (*pack)(const Call& call, int64_t batch, int64_t head, int64_t block, int64_t place);
+    // Writes the gradients of one block of queries from query_sums: `place` counts blocks from the wave's first head on.
+    void (*finish)(const Call& call, int64_t batch, int64_t head, int64_t block, int64_t place);
     // Statistics of the queries [first, last) of one (batch, head).
     void (*measure)(const Call& call, int64_t batch, int64_t head, int64_t first, int64_t last);
     size_t (*scratch_bytes)(const Call& call, int64_t rows);
