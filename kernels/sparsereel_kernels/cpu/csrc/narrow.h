@@ -32,10 +32,11 @@ struct Scoring {
     float* factors;             // where to keep what FrameDecay multiplied by, or null
 };
 
-// Where a panel's strips of one operand lie.
+// Where a panel's strips of one operand lie; one more, which is asked for ahead and not read.
 INLINE void locate(const View& view, const Packed& packed, int64_t operand, const Strip* strips, int64_t count,
                    const float** at) {
     for (int64_t i = 0; i < count; i++) at[i] = (const float*)(view.packed[operand] + strips[i].index * packed.bytes);
+    at[count] = at[0];
 }
 
 template <int R = ROWS>
@@ -228,6 +229,6 @@ static void weigh_panel(const Call& call, const View& view, const Weighing<Op>& 
             add_rows(rows, w.weights + row * w.weight_row, w.weight_row, at, count,
                      w.sums + row * packed.padded + column, packed.padded);
         }
-        for (int64_t i = 0; i < count; i++) at[i] += STRIP * STRIP;
+        for (int64_t i = 0; i <= count; i++) at[i] += STRIP * STRIP;
     }
 }

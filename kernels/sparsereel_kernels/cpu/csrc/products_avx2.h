@@ -3,7 +3,8 @@
 // In assembly, because compilers mix the steps of an unrolled loop, run out of registers and put sums on the stack.
 // ymm0 and ymm1 hold a row of 16 columns, ymm2 a number of one row, ymm4 and up the sums. Rows are found by three
 // multiples of their distance from two pointers. Six rows take 12 multiply-adds and 8 loads a step: the multiply-adds
-// decide. Offsets inside a turn of a loop are part of the instructions.
+// decide. Offsets inside a turn of a loop are part of the instructions. A step reads one line of a strip and asks for the
+// same line of the next strip, so strips[count] must be an address, too; nothing is read there.
 #pragma once
 
 #define SPARSEREEL_MAC(row, low, high) \
@@ -31,6 +32,7 @@
 
 #define SPARSEREEL_STEPS(which, R) \
     ".irp i, " which "\n\t" \
+    "prefetcht0 \\i*64(%[next])\n\t" \
     "vmovups \\i*64(%[b]), %%ymm0\n\t" \
     "vmovups \\i*64+32(%[b]), %%ymm1\n\t" SPARSEREEL_MAC##R ".endr\n\t"
 
@@ -55,7 +57,7 @@ static void add_strips(const float* weights, int64_t weight_row, const float* co
         const int64_t step = row * 4, c_step = score_row * 4, eights = depth / 8, rest = depth % 8; \
         float* c3 = scores + 3 * score_row; \
         for (int64_t i = 0; i < count; i++) { \
-            const float *a = rows, *a3 = rows + 3 * row, *b = strips[i]; \
+            const float *a = rows, *a3 = rows + 3 * row, *b = strips[i], *next = strips[i + 1]; \
             int64_t n = eights, m = rest; \
             __asm__ volatile( \
                 ".irp j, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15\n\t" \
@@ -68,6 +70,7 @@ static void add_strips(const float* weights, int64_t weight_row, const float* co
                 "add $32, %[a]\n\t" \
                 "add $32, %[a3]\n\t" \
                 "add $512, %[b]\n\t" \
+                "add $512, %[next]\n\t" \
                 "dec %[n]\n\t" \
                 "jnz 1b\n" \
                 "2:\n\t" \
@@ -77,10 +80,11 @@ static void add_strips(const float* weights, int64_t weight_row, const float* co
                 "add $4, %[a]\n\t" \
                 "add $4, %[a3]\n\t" \
                 "add $64, %[b]\n\t" \
+                "add $64, %[next]\n\t" \
                 "dec %[m]\n\t" \
                 "jnz 3b\n" \
                 "4:\n\t" SPARSEREEL_EACH##R(SPARSEREEL_SAVE) \
-                : [a] "+r"(a), [a3] "+r"(a3), [b] "+r"(b), [n] "+r"(n), [m] "+r"(m) \
+                : [a] "+r"(a), [a3] "+r"(a3), [b] "+r"(b), [next] "+r"(next), [n] "+r"(n), [m] "+r"(m) \
                 : [step] "r"(step), [c] "r"(scores + i * STRIP), [c3] "r"(c3 + i * STRIP), [c_step] "r"(c_step) \
                 : SPARSEREEL_CLOBBERS); \
         } \
@@ -89,19 +93,20 @@ static void add_strips(const float* weights, int64_t weight_row, const float* co
     void add_strips<R>(const float* weights, int64_t weight_row, const float* const* strips, int64_t count, float* sums, \
                        int64_t sum_row) { \
         const int64_t step = weight_row * 4, c_step = sum_row * 4; \
-        const float *a = weights, *a3 = weights + 3 * weight_row, *b; \
+        const float *a = weights, *a3 = weights + 3 * weight_row, *b, *next; \
         float* c3 = sums + 3 * sum_row; \
         __asm__ volatile( \
             SPARSEREEL_EACH##R(SPARSEREEL_LOAD) \
             ".p2align 5\n" \
             "1:\n\t" \
-            "mov (%[strips]), %[b]\n\t" SPARSEREEL_STEPS("0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15", R) \
+            "mov (%[strips]), %[b]\n\t" \
+            "mov 8(%[strips]), %[next]\n\t" SPARSEREEL_STEPS("0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15", R) \
             "add $64, %[a]\n\t" \
             "add $64, %[a3]\n\t" \
             "add $8, %[strips]\n\t" \
             "dec %[n]\n\t" \
             "jnz 1b\n\t" SPARSEREEL_EACH##R(SPARSEREEL_SAVE) \
-            : [a] "+r"(a), [a3] "+r"(a3), [b] "=&r"(b), [n] "+r"(count), [strips] "+r"(strips) \
+            : [a] "+r"(a), [a3] "+r"(a3), [b] "=&r"(b), [next] "=&r"(next), [n] "+r"(count), [strips] "+r"(strips) \
             : [step] "r"(step), [c] "r"(sums), [c3] "r"(c3), [c_step] "r"(c_step) \
             : SPARSEREEL_CLOBBERS); \
     }
