@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py                                          # 16,384 tokens, bf16, four densities
     python benchmarks/attention.py --dtype float32 --head-dim 128 --density 0.2 0.05
-    python benchmarks/attention.py --pattern radial --tokens 16384          # a grid of 16 frames of 32 x 32
+    python benchmarks/attention.py --pattern radial --tokens 16384          # 16 frames of 32 x 32, in sparsify's order
     python benchmarks/attention.py --backward --backends torch cpu
     python benchmarks/attention.py --json -                                 # JSON to standard output, no table
 
@@ -88,10 +88,14 @@ def masks(args: argparse.Namespace) -> list[BlockMask]:
         made = [random_block_mask(args.tokens, density=d, partial_share=0.2, block=block) for d in wanted]
         return [mask.to(args.device) for mask in made]
     from sparsereel import TokenGrid, patterns
+    from sparsereel.token_order import best_tile
 
     grid = TokenGrid(args.tokens // FRAME**2, FRAME, FRAME)
     options = {"window": WINDOW} if args.pattern == "neighborhood" else {}
-    return [patterns.make(args.pattern, **options).block_mask(grid, block).to(args.device)]
+    pattern = patterns.make(args.pattern, **options)
+    tile = best_tile({pattern: 1}, grid)
+    order = None if tile is None else grid.tile_order(tile)
+    return [pattern.block_mask(grid, block, order=order).to(args.device)]
 
 
 def timed(call: Callable[[], object], device: str) -> float:

@@ -225,6 +225,26 @@ def test_a_search_on_an_extended_pipeline_is_for_its_size_and_leaves_it_extended
         sparsereel.restore(pipe)
 
 
+def test_a_search_where_a_small_clip_leads_is_for_the_steps_of_the_large_one(pipe, tmp_path, caplog):
+    sparsereel.extend(pipe, height=128, width=128, method="upscale")
+    few = {"buckets": 1, "dense_first": 0.0, "candidates": ("skip", "temporal"), "frames": 9, "steps": 16}
+    large = {**few, "height": None, "width": None}
+    try:
+        with pytest.raises(ValueError, match="give target_psnr or target_speedup"):
+            find(pipe, tmp_path, **large)
+        caplog.clear()
+        found = find(pipe, tmp_path, budget=None, target_psnr=25.0, **large)
+    finally:
+        sparsereel.restore(pipe)
+    calibration = found.plan.calibration
+    assert calibration["geometry"] == [[0, 3, 16, 16]]
+    assert calibration["steps"] == 2  # an eighth of 16
+    assert found.plan.schedule.min_tokens == 3 * 16 * 16
+    assert found.measured["psnr"] > 20
+    assert 0.5 < found.measured["density"] < 1  # the small clip is dense
+    assert "was searched for" not in caplog.text
+
+
 def test_the_command_extends_before_it_searches(pipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sparsereel.generation.load_pipeline", lambda *args: pipe)
     plan = ["-o", str(tmp_path / "plan.yaml"), "--budget", "0.5"]

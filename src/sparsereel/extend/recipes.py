@@ -103,6 +103,15 @@ class Recipe:
         return self == Recipe(time=self.time, space=self.space)
 
     @property
+    def keeps_attention(self) -> bool:
+        """Whether a call of the wanted size attends as it would without the recipe, apart from where its tokens are.
+
+        True for what moves tokens, also where one small result leads the large run.
+        """
+        guided = self.guide is not None and self.guide.stages == 1
+        return replace(self, guide=None).only_places and (guided or self.guide is None)
+
+    @property
     def on_model(self) -> list[Any]:
         """What is installed on the model besides: each has `install(model, extension, runtime) -> handles`."""
         return [part for part in (self.unet, self.statistics, self.views, self.dual, self.regional) if part is not None]

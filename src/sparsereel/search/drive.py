@@ -164,10 +164,15 @@ def run_search(
         raise ValueError(f"a search generates clips, so it needs a pipeline, got the model {type(pipe).__name__} alone")
     extension = extension_of(model)
     if extension is not None:
-        if not extension.recipe.only_places:
+        if not extension.recipe.keeps_attention:
             raise ValueError(
                 f"a search records attention as it is, so it does not go with {extension.recipe.describe()}; it takes "
-                "methods that move tokens only: plain, pi, pi_time, ntk, yarn, riflex"
+                "methods that move tokens only: plain, pi, pi_time, ntk, yarn, riflex, upscale"
+            )
+        if extension.recipe.guide is not None and settings.target.kind == "budget":
+            raise ValueError(
+                f"budget is the density of a whole clip, and with {extension.recipe.describe()} a small clip that "
+                "stays dense comes first; give target_psnr or target_speedup"
             )
         settings = settings.extended(extension.sizes.arguments)
     team = Team.here()

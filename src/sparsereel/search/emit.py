@@ -35,10 +35,15 @@ def plan_of(study: Study, items: list[Item], choice: np.ndarray) -> AttentionPla
         components.setdefault(component, {})[str(layer)] = entry
     return AttentionPlan(
         model=study.facts.spec,
-        schedule=Schedule(dense_first=study.settings.dense_first),
+        schedule=Schedule(dense_first=study.settings.dense_first, min_tokens=_least_tokens(study)),
         patterns=tuple((name, study.candidates[number]) for number, name in names.items()),
         components=tuple((component, _joined(layers)) for component, layers in components.items()),
     )
+
+
+def _least_tokens(study: Study) -> int:
+    """Tokens from which on the plan is sparse: of a run that a small one leads, those of the large one."""
+    return min(decode(layer.layout).seq_len for layer in study.facts.layers.values()) if study.facts.led else 0
 
 
 def _names(candidates: tuple[Method, ...], used: list[int]) -> dict[int, str]:

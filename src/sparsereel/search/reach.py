@@ -71,6 +71,8 @@ def probes_of(items: list[Item]) -> list[Probe]:
 def probe_steps(study: Study) -> int:
     """Denoising steps of a probing run: enough that every stretch has at least one."""
     total = study.facts.steps
+    if study.facts.led:  # a share of the steps asked for, so fewer would be none
+        return total
     return next(s for s in range(min(STEPS, total), total + 1) if _covers(study, s))
 
 
@@ -120,7 +122,9 @@ def _measured(
     path, found = _path(study, rank), _kept(study, rank)
     missing = [probe for probe in probes if probe.name not in found]
     steps = probe_steps(study)
-    request = replace(study.settings.request(0), steps=steps)
+    request = study.settings.request(0)
+    if not study.facts.led:
+        request = replace(request, steps=steps)
     dense: torch.Tensor | None = None
     for probe in missing:
         if dense is None:

@@ -61,7 +61,10 @@ class Study:
     def description(self) -> dict[str, Any]:
         """Plain data that two equal studies share."""
         s = self.settings
+        # A part of the steps is run where a small result leads.
+        asked = {"asked_steps": s.steps} if self.facts.led else {}
         return {
+            **asked,
             "version": VERSION,
             "model": self.facts.fingerprint,
             "layouts": self.facts.geometry(),

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsereel.families.base import layout_length
+
 if TYPE_CHECKING:
     from sparsereel.families.layout import Layout
     from sparsereel.runtime import ModelRuntime
@@ -29,6 +31,8 @@ def watch(model: torch.nn.Module, runtime: ModelRuntime) -> list[Any]:
         nonlocal compared
         # Compiled graphs know no step; the warning is not worth a graph break.
         if compared or torch.compiler.is_compiling() or runtime.layout is None:
+            return
+        if layout_length(runtime.layout) < runtime.plan.schedule.min_tokens:  # dense, so the plan has no part in it
             return
         compared = True
         step = runtime.step()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sparsereel.extend.extension import video_of
 from sparsereel.families import find, models_of
 from sparsereel.families.layout import Layout
 from sparsereel.generation import Request
@@ -50,6 +51,8 @@ class ModelFacts:
         extended: what `extend` does, in short; empty where it was not called.
         fingerprint: of classes, configs, some weights and what `extend` does; recordings of another model are not taken
             up.
+        led: whether a small result that is made first leads the run. Steps are then those of the large run, which may
+            be fewer than asked for, and calls of the small one stay dense.
     """
 
     spec: ModelSpec
@@ -60,6 +63,7 @@ class ModelFacts:
     device_type: str
     extended: str
     fingerprint: str
+    led: bool = False
 
     def geometry(self) -> list[list[int]]:
         """The distinct layouts of the layers, for calibration data."""
@@ -68,16 +72,19 @@ class ModelFacts:
 
 @contextmanager
 def watched(pipe: Any, watcher: Watcher, backend: str = "auto") -> Iterator[None]:
-    """Runs inside are dense and show every eager self-attention call to `watcher`."""
+    """Runs inside are dense and show every eager self-attention call to `watcher`; of an extended model those of the
+    size that was asked for."""
     with sparsified(pipe, AttentionPlan.uniform(Full()), backend=backend):
         for component, model in models_of(pipe).items():
-            injection_of(model).runtime.observer = _named(component, watcher)
+            injection_of(model).runtime.observer = _named(component, watcher, extension_of(model))
         yield
 
 
-def _named(component: str, watcher: Watcher) -> Callable[..., None]:
+def _named(component: str, watcher: Watcher, extension: Any) -> Callable[..., None]:
     def see(layer: Any, layout: Layout, step: StepInfo | None, *tensors: Any) -> None:
-        watcher(component, layer.index, layout, step, *tensors)
+        tokens = video_of(layout)
+        if extension is None or tokens is None or extension.sizes.matches(tokens):
+            watcher(component, layer.index, layout, step, *tensors)
 
     return see
 
@@ -122,7 +129,8 @@ def look(pipe: Any, request: Request, backend: str) -> ModelFacts:
     ordered = all(family.orders_tokens for family in map(find, models.values()) if family)
     extension = extension_of(next(iter(models.values())))
     extended = "" if extension is None else extension.recipe.describe()
-    return ModelFacts(_spec(models), layers, total, ordered, dtype, device, extended, fingerprint(models))
+    led = extension is not None and extension.recipe.guide is not None
+    return ModelFacts(_spec(models), layers, total, ordered, dtype, device, extended, fingerprint(models), led)
 
 
 def _add_twins(layers: dict[tuple[str, int], LayerFacts], models: dict[str, torch.nn.Module]) -> None:
