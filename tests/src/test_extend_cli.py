@@ -62,6 +62,24 @@ def ask(**options):
     return forecast(minireel.WEIGHTS, minireel.MiniReelPipeline, sizes, "plain", plan, **options)
 
 
+def test_a_small_clip_below_the_tokens_that_a_plan_asks_for_is_priced_dense():
+    sizes = {"frames": None, "height": 192, "width": 192}
+    plan = AttentionPlan.uniform(Spatial(0))
+    small, large = minireel.NATIVE.tokens, 4 * minireel.NATIVE.tokens
+
+    def flops(least):
+        chosen = plan.with_schedule(min_tokens=least)
+        found = forecast(minireel.WEIGHTS, minireel.MiniReelPipeline, sizes, "upscale", chosen, steps=16)
+        return found.attention_flops
+
+    everywhere, in_large, nowhere = flops(0), flops(small + 1), flops(large + 1)
+    # Sixteen steps of the small clip, two of the large one.
+    density = everywhere / nowhere
+    saved = (1 - density) * 2 * large**2 / (16 * small**2 + 2 * large**2)
+    assert density < 0.5
+    assert in_large / nowhere == pytest.approx(1 - saved)
+
+
 def test_flops_are_those_that_torch_counts():
     found = ask(steps=3)
     model = meta_pipeline(minireel.WEIGHTS, minireel.MiniReelPipeline).transformer
@@ -114,6 +132,10 @@ def test_memory_grows_with_tokens_and_bytes():
         ([PROMPT, "--height", "2x", "--region", "0,0,1=a 3"], '--region is written "top,left,bottom,right=text"'),
         ([PROMPT, "--height", "2x", "--region", "0,0,1,1= "], '--region is written "top,left,bottom,right=text"'),
         ([PROMPT, "--height", "64", "--region", "0,0,1,2=a 3", "--method", "cupscale"], "shares of the picture"),
+        (
+            ["--dry-run", "--height", "64", "--region", "0,0,1,1=a 3"],
+            "is about windows; give views as well, or a method that",
+        ),
         (
             [PROMPT, "--height", "64", "--region", "0,0,1,1=a 3"],
             "is about windows; give views as well, or a method that",

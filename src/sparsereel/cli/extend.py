@@ -47,7 +47,7 @@ def extend(
         raise ValueError("extend needs --frames, --height or --width, such as --frames 2x")
     regions = tuple(parse_region(text) for text in region or ())
     if dry_run:
-        found = _forecast(model, sizes, method, plan, steps, guidance, dtype, device)
+        found = _forecast(model, sizes, method, regions, plan, steps, guidance, dtype, device)
         _print(found)
         console.emit_json(json, found.to_dict())
         return
@@ -90,15 +90,11 @@ def parse_region(given: str) -> tuple[str, Box]:
 
 def _with_regions(pipe: Any, sizes: dict[str, Any], method: str, regions: Regions) -> Recipe:
     """The recipe of a method, with regional prompts."""
-    from dataclasses import replace
-
     from sparsereel.extend.drive import choose
-    from sparsereel.extend.regional import RegionalPrior
     from sparsereel.families import models_of
 
     _, recipe = choose(pipe, models_of(pipe), sizes["frames"], sizes["height"], sizes["width"], method)
-    prior = recipe.regional or RegionalPrior(threshold=0)
-    return replace(recipe, regional=replace(prior, prompts=regions))
+    return recipe.with_regions(regions)
 
 
 def _generate(
@@ -125,7 +121,7 @@ def _generate(
     check_writable(output.parent)
     if model in (None, "minireel") or Path(str(model)).expanduser().is_dir():
         # Before anything is loaded.
-        _forecast(model, sizes, method, plan, request.steps, request.guidance, dtype, device).check()
+        _forecast(model, sizes, method, regions, plan, request.steps, request.guidance, dtype, device).check()
     pipe = load_pipeline(model, dtype, device)
     chosen = _with_regions(pipe, sizes, method, regions) if regions else method
     report = sparsereel.extend(pipe, **sizes, method=chosen, plan=plan)
@@ -163,6 +159,7 @@ def _forecast(
     model: str | None,
     sizes: dict[str, Any],
     method: str,
+    regions: Regions,
     plan: str | None,
     steps: int | None,
     guidance: float | None,
@@ -188,6 +185,7 @@ def _forecast(
         None if plan is None else resolve_plan(plan),
         steps=steps,
         guidance=guidance,
+        regions=regions,
         dtype=DTYPES[dtype],
         device=device,
     )

@@ -20,6 +20,7 @@ from torch import nn
 from sparsereel.extend.drive import choose, notes_of
 from sparsereel.extend.memory import activations, available, check
 from sparsereel.extend.passes import passes, window_share
+from sparsereel.extend.regional import Box
 from sparsereel.extend.sizes import Sizes
 from sparsereel.families import models_of
 from sparsereel.grid import TokenGrid
@@ -90,6 +91,7 @@ def forecast(
     *,
     steps: int | None = None,
     guidance: float | None = None,
+    regions: tuple[tuple[str, Box], ...] = (),
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Forecast:
@@ -98,6 +100,7 @@ def forecast(
     Args:
         pipeline_class: the class that will be called; None = the one that the folder names.
         sizes: frames, height, width as `extend` takes them.
+        regions: prompts for boxes of the picture; what their cross-attention adds is not counted.
 
     Raises:
         ValueError: as `extend`; a folder that holds no pipeline of a known kind.
@@ -106,6 +109,7 @@ def forecast(
     models = models_of(pipe)
     model = next(iter(models.values()))
     wanted, recipe = choose(pipe, models, sizes.get("frames"), sizes.get("height"), sizes.get("width"), method)
+    recipe = recipe.with_regions(regions)
     defaults = inspect.signature(type(pipe).__call__).parameters
     steps = int(steps or defaults["num_inference_steps"].default)
     guidance = float(defaults["guidance_scale"].default if guidance is None else guidance)
@@ -114,24 +118,24 @@ def forecast(
     frames, height, width = wanted.target_tokens
     grid, architecture = TokenGrid(frames, height, width), architecture_of(folder)
     found = None if plan is None else inspect_plan(plan, grid, architecture, steps=steps)
-    density = 1.0 if found is None else found.density
     layers = len(architecture.layers)
     each = 4.0 * architecture.head_dim * architecture.heads * layers
     windows = {run: window_share(recipe, wanted, run.tokens, layers) if run.windowed else 1.0 for run in runs}
-    pairs = sum(run.count * run.total**2 * density * windows[run] for run in runs)
+    # What is shorter than the plan asks for stays dense, such as the small clip that leads a large one.
+    sparse = {run: found is not None and plan is not None and run.total >= plan.schedule.min_tokens for run in runs}
+    density = {run: found.density if found is not None and sparse[run] else 1.0 for run in runs}
+    pairs = sum(run.count * run.total**2 * density[run] * windows[run] for run in runs)
     whole = sum(run.count * run.total**2 for run in runs)
     fit = cost.find(torch.device(device).type, dtype, architecture.head_dim, backend_here(grid.seq_len))
     if fit is None:
         seconds = None
-    elif found is None:
-        one = (run.count * fit.seconds(run.total, windows[run], windows[run]) for run in runs)
-        seconds = sum(one) * architecture.heads * layers
     else:
-        shares = [(len(g.heads), g.density, g.token_density) for g in found.groups]
+        dense = [(architecture.heads * layers, 1.0, 1.0)]
+        shares = dense if found is None else [(len(g.heads), g.density, g.token_density) for g in found.groups]
         seconds = sum(
-            run.count * heads * fit.seconds(run.total, dense * windows[run], tokens * windows[run])
+            run.count * heads * fit.seconds(run.total, blocks * windows[run], tokens * windows[run])
             for run in runs
-            for heads, dense, tokens in shares
+            for heads, blocks, tokens in (shares if sparse[run] else dense)
         )
     largest = max(runs, key=lambda run: run.total)
     held = activations(model, pipe, wanted, largest.tokens, dtype, device)

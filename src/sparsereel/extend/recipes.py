@@ -24,7 +24,7 @@ from sparsereel.extend.guide import Guide
 from sparsereel.extend.hidiffusion import HiDiffusion
 from sparsereel.extend.mixers import Compressed, Registers
 from sparsereel.extend.noise import Antiphase, Noise, Rescheduled
-from sparsereel.extend.regional import RegionalPrior
+from sparsereel.extend.regional import Box, RegionalPrior
 from sparsereel.extend.rope import NTK, PositionInterpolation, RIFLEx, RopePolicy, YaRN
 from sparsereel.extend.sizes import Sizes
 from sparsereel.extend.statistics import LocalStatistics
@@ -121,6 +121,15 @@ class Recipe:
         parts = [_short(part) for name, part in self._parts() if name not in ("time", "space")]
         axes = [f"{_short(part)} in {name}" for name, part in self._parts() if name in ("time", "space")]
         return " and ".join(parts + axes) or "plain"
+
+    def with_regions(self, prompts: tuple[tuple[str, Box], ...]) -> Recipe:
+        """The recipe with prompts for boxes of the picture; a recipe without a regional prior screens nothing then.
+
+        Raises:
+            ValueError: the recipe has no windows, or a box is none.
+        """
+        prior = self.regional or RegionalPrior(threshold=0)
+        return replace(self, regional=replace(prior, prompts=prompts)) if prompts else self
 
     def _parts(self) -> list[tuple[str, Any]]:
         """What differs from doing nothing."""

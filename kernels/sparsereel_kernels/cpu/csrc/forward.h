@@ -60,12 +60,12 @@ INLINE float* take_sums(char** scratch, int64_t rows, int64_t padded) {
     return take_floats(scratch, (rows + SPARE_ROWS) * padded);
 }
 
-static int64_t start_panels(Panel* panels, int64_t rows, int64_t entry) {
-    Split split = Split::of(rows, PANEL_ROWS);
+static int64_t start_panels(Panel* panels, int64_t rows, int64_t entry, int64_t most = PANEL_ROWS) {
+    Split split = Split::of(rows, most);
     for (int64_t i = 0; i < split.parts; i++) {
         // Panels of like size; with matrix tiles full ones and a rest, as only the last may write past its rows.
-        int64_t first = SPARE_ROWS ? i * PANEL_ROWS : Split::first_of(split, i);
-        int64_t end = SPARE_ROWS ? Split::smaller(rows, first + PANEL_ROWS) : Split::first_of(split, i + 1);
+        int64_t first = SPARE_ROWS ? i * most : Split::first_of(split, i);
+        int64_t end = SPARE_ROWS ? Split::smaller(rows, first + most) : Split::first_of(split, i + 1);
         panels[i] = {first, end - first, {entry, 0}, false};
     }
     return split.parts;
