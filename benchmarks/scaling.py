@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(_line(rows[-len(PATTERNS) - 1 :]), file=sys.stderr)
     fits = _fits(rows)
     _print(rows, fits)
-    result = {"environment": environment(), "options": vars(options), "rows": rows, "exponents": fits}
+    given = {name: value for name, value in vars(options).items() if name != "output"}
+    result = {"environment": environment(), "options": given, "rows": rows, "exponents": fits}
     write_json(options.output / "scaling.json", result)
     _plot(rows, options.output / "scaling.png")
     print(json.dumps({"wrote": [str(options.output / "scaling.json"), str(options.output / "scaling.png")]}))

@@ -43,12 +43,12 @@ class Runner {
           group_(a_.heads / a_.kv_heads) {}
 
     void run() {
+        call_.part_rows = ceil_div(call_.row_block, ceil_div(call_.row_block, TASK_ROWS));
         int64_t heads = a_.batch * a_.kv_heads, packed = prepared_.keys_are_rows() ? group_ : 1;
         int64_t wave_bytes = std::max(WAVE_BYTES, a_.threads * WAVE_BYTES_A_THREAD);
         int64_t head_bytes = std::max<int64_t>(1, packed * prepared_.head_bytes());
         int64_t wave = std::max<int64_t>(1, std::min(heads, wave_bytes / head_bytes));
         if (prepared_.fused()) {
-            call_.parts = ceil_div(call_.row_block, TASK_ROWS);
             // Tasks of one head wait for each other, so every thread should find a head of its own.
             int64_t own = std::min(a_.threads, std::max<int64_t>(1, FUSED_BYTES / head_bytes));
             wave = std::max(wave, std::min(heads, own));
@@ -109,7 +109,7 @@ class Runner {
     // Tasks of the kv heads [first, last), dear ones first. Tasks of like cost keep their order: neighbours share keys.
     // Tasks that add to shared sums come in the order in which they add.
     std::vector<Task> tasks(int64_t first, int64_t last) const {
-        int64_t parts = ceil_div(call_.row_block, TASK_ROWS), part = ceil_div(call_.row_block, parts);
+        const int64_t part = call_.part_rows;
         int64_t heads = prepared_.keys_are_rows() ? 1 : group_, rows = (last - first) * heads;
         const bool fused = prepared_.fused();
         std::vector<std::pair<int, Task>> sorted;

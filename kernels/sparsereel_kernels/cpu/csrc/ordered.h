@@ -23,8 +23,8 @@ INLINE float* query_sums_of(const Call& call, int64_t batch, int64_t head) {
 INLINE Turns turns_of(const Call& call, const Task& task, int64_t query_head) {
     if (!call.turns) return {};
     const int64_t place = task.batch * call.args->heads + query_head - call.wave_first;
-    const int64_t part_rows = (call.row_block + call.parts - 1) / call.parts;
-    return {call.turns + place * call.column_blocks, task.block, call.parts, task.row / part_rows, 0, 0};
+    const int64_t parts = (call.row_block + call.part_rows - 1) / call.part_rows;
+    return {call.turns + place * call.column_blocks, task.block, parts, task.row / call.part_rows, 0, 0};
 }
 
 INLINE int32_t* turn_at(const Call& call, const View& view, const Turns& t, int64_t entry) {

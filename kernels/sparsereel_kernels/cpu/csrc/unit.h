@@ -51,6 +51,7 @@ struct Call {
     bool modified;      // scores need more than the plain scale: a modifier, or a scale that is not positive
     float logit_scale;  // scale * log2(e): scores are kept in powers of two
     int64_t row_len, row_block, row_blocks;
+    int64_t part_rows;  // of a task: larger blocks of rows are cut
     int64_t column_len, column_block, column_blocks, column_heads, strips_per_block;
 
     bool has_mask;
@@ -79,7 +80,6 @@ struct Call {
     // KEY_GRADIENT that sums up the gradient of queries as well (ordered.h), for the query heads of a wave; else null.
     float* query_sums;  // [heads, query_positions, padded]
     int32_t* turns;     // [heads, query blocks]: shares added so far
-    int64_t parts;      // tasks that a key block is cut into
 };
 
 // The position of token t is (t / block) * strips_per_block * 16 + t % block: strips never cross a block.
