@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sparsereel
-from sparsereel import AttentionPlan, minireel
+from sparsereel import AttentionPlan, minireel, ministill
 from sparsereel.cli.main import run as command
 from sparsereel.patterns import Skip, Spatial, Temporal
 from sparsereel.search import reach, record
@@ -244,6 +244,13 @@ def test_a_search_where_a_small_clip_leads_is_for_the_steps_of_the_large_one(pip
     assert found.measured["psnr"] > 20
     assert 0.5 < found.measured["density"] < 1  # the small clip is dense
     assert "was searched for" not in caplog.text
+
+
+def test_a_small_picture_cannot_stay_dense_beside_coarser_grids():
+    pipe = ministill.load()
+    sparsereel.extend(pipe, height=128, width=128, method="upscale")
+    with pytest.raises(ValueError, match="layers of UNet2DConditionModel lie on grids of several sizes"):
+        sparsereel.search(pipe, ["a red 3 on navy"], target_psnr=30, steps=2, held_out=0, progress=False)
 
 
 def test_the_command_extends_before_it_searches(pipe, tmp_path, monkeypatch, capsys):

@@ -180,6 +180,11 @@ def run_search(
         raise ValueError("several processes search together through files: give folder")
     with silenced(pipe), bar(show and team.leads) as shown:
         facts = look(pipe, settings.request(0), settings.backend)
+        if facts.led and len({decode(layer.layout).seq_len for layer in facts.layers.values()}) > 1:
+            raise ValueError(
+                f"the small picture of {facts.extended} would have to stay dense, which a plan can say by a number of "
+                f"tokens only, and layers of {facts.spec.class_name} lie on grids of several sizes"
+            )
         grid = max((decode(layer.layout) for layer in facts.layers.values()), key=lambda grid: grid.seq_len)
         found = resolve(candidates, refine, grid)
         buckets = cut_steps(facts.steps, settings.dense_first, settings.buckets)

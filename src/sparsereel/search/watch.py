@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from sparsereel.inject import extension_of, injection_of, sparsified
 from sparsereel.patterns import Full
 from sparsereel.plan import AttentionPlan, ModelSpec
 from sparsereel.step import StepInfo
+
+if TYPE_CHECKING:
+    from sparsereel.runtime import ModelRuntime
 
 #: (component, layer number, layout, step, q, k, v, key lengths, scale)
 Watcher = Callable[..., None]
@@ -76,13 +79,16 @@ def watched(pipe: Any, watcher: Watcher, backend: str = "auto") -> Iterator[None
     size that was asked for."""
     with sparsified(pipe, AttentionPlan.uniform(Full()), backend=backend):
         for component, model in models_of(pipe).items():
-            injection_of(model).runtime.observer = _named(component, watcher, extension_of(model))
+            runtime = injection_of(model).runtime
+            runtime.observer = _named(component, watcher, runtime)
         yield
 
 
-def _named(component: str, watcher: Watcher, extension: Any) -> Callable[..., None]:
+def _named(component: str, watcher: Watcher, runtime: ModelRuntime) -> Callable[..., None]:
     def see(layer: Any, layout: Layout, step: StepInfo | None, *tensors: Any) -> None:
-        tokens = video_of(layout)
+        # Of the whole call: layers may lie on coarser grids.
+        tokens = None if runtime.layout is None else video_of(runtime.layout)
+        extension = runtime.extension
         if extension is None or tokens is None or extension.sizes.matches(tokens):
             watcher(component, layer.index, layout, step, *tensors)
 
