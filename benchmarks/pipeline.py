@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "attention_speedup": dense["attention_seconds"] / sparse["attention_seconds"],
         "amdahl": amdahl,
         "plan": options.plan,
-        "options": {key: str(value) for key, value in vars(options).items()},
+        "options": {key: str(value) for key, value in vars(options).items() if key != "output"},
         "environment": environment(),
     }
     result["share_of_amdahl"] = result["speedup"] / amdahl

@@ -167,7 +167,9 @@ def _plot(rows: list[Row], path: Path) -> None:
         for name in dict.fromkeys(row["method"] for row in rows):
             chosen = [row for row in rows if row["by"] == way and row["method"] == name]
             axes.loglog([r["tokens"] for r in chosen], [r["seconds"] for r in chosen], marker="o", label=name)
-        axes.set(xlabel="tokens", title=f"longer by {way}")
+        ticks = [4096 * 2**n for n in range(5)]
+        axes.set(xlabel="tokens", title=f"longer by {way}", xticks=ticks, xticklabels=[f"{t // 1024}k" for t in ticks])
+        axes.minorticks_off()
         axes.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("seconds a call")
     panels[0].legend()
