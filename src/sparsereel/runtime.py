@@ -43,7 +43,8 @@ logger = logging.getLogger("sparsereel")
 
 #: reasons that are the plan's own wish: no warning
 _DENSE_STEP = "dense step of the schedule"
-_INTENDED = (_DENSE_STEP, "the plan says full", "the compensation measures its residual")
+_SMALL_CLIP = "a small clip, shorter than the plan's min_tokens, leads the large one"
+_INTENDED = (_DENSE_STEP, _SMALL_CLIP, "the plan says full", "the compensation measures its residual")
 
 #: sees every eager attention call: (layer, layout, step, q, k, v, key lengths, scale), tokens in the model's order
 Observer = Callable[
@@ -403,6 +404,8 @@ class ModelRuntime(OrderSource):
             return None, "the plan says full"
         tokens = layout_length(layout)
         if tokens < schedule.min_tokens:
+            if self.extension is not None and self.extension.is_led_by(self.layout):
+                return None, _SMALL_CLIP
             return None, f"{tokens} tokens are fewer than the plan's min_tokens {schedule.min_tokens}"
         step = self.step()
         if step is None:

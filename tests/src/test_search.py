@@ -244,6 +244,7 @@ def test_a_search_where_a_small_clip_leads_is_for_the_steps_of_the_large_one(pip
     assert found.measured["psnr"] > 20
     assert 0.5 < found.measured["density"] < 1  # the small clip is dense
     assert "was searched for" not in caplog.text
+    assert "stays dense" not in caplog.text
 
 
 def test_a_small_picture_cannot_stay_dense_beside_coarser_grids():

@@ -86,6 +86,11 @@ class Extension:
             self._told.add(what)
             logger.warning(what, *details)
 
+    def is_led_by(self, layout: Layout | None) -> bool:
+        """Whether a model call with this layout is of the small clip that leads the large one."""
+        tokens = None if layout is None else video_of(layout)
+        return self.recipe.guide is not None and tokens is not None and not self.sizes.matches(tokens)
+
     def touches_attention(self, layout: Layout | None) -> bool:
         """Whether attention calls of a model call with this layout may be changed at all."""
         tokens = None if layout is None else video_of(layout)
