@@ -236,7 +236,8 @@ def test_what_counts_as_a_plan(tmp_path):
 
 def test_presets_fit_every_model_and_are_sparse():
     general = ("neighborhood", "radial", "sliding-tile", "spatial-temporal")
-    boxed = ("minireel-large", "minireel-length-2x", "minireel-length-4x", "minireel-native")
+    boxed = ("large", "length-2x", "length-4x", "native", "side-2x", "side-4x")
+    boxed = tuple(f"minireel-{name}" for name in boxed)
     assert presets.names() == (*boxed, *general)
     for name in boxed:
         presets.load(name).check_model("wan", "WanTransformer3DModel", 6, 8)
