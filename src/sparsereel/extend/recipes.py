@@ -98,18 +98,13 @@ class Recipe:
         return unet or any((self.decay, self.window, self.temper, self.mixer))
 
     @property
-    def only_places(self) -> bool:
-        """Whether rotary frequencies are all that is changed."""
-        return self == Recipe(time=self.time, space=self.space)
-
-    @property
     def keeps_attention(self) -> bool:
         """Whether a call of the wanted size attends as it would without the recipe, apart from where its tokens are.
 
         True for what moves tokens, also where one small result leads the large run.
         """
-        guided = self.guide is not None and self.guide.stages == 1
-        return replace(self, guide=None).only_places and (guided or self.guide is None)
+        in_one_go = self.guide is None or self.guide.stages == 1
+        return in_one_go and self == Recipe(time=self.time, space=self.space, guide=self.guide)
 
     @property
     def on_model(self) -> list[Any]:
