@@ -88,12 +88,14 @@ def masks(args: argparse.Namespace) -> list[BlockMask]:
         made = [random_block_mask(args.tokens, density=d, partial_share=0.2, block=block) for d in wanted]
         return [mask.to(args.device) for mask in made]
     from sparsereel import TokenGrid, patterns
+    from sparsereel.kernel_choice import kernel_for
     from sparsereel.token_order import best_tile
 
     grid = TokenGrid(args.tokens // FRAME**2, FRAME, FRAME)
     options = {"window": WINDOW} if args.pattern == "neighborhood" else {}
     pattern = patterns.make(args.pattern, **options)
-    tile = best_tile({pattern: 1}, grid)
+    kernel = kernel_for("auto", torch.device(args.device).type, DTYPES[args.dtype], grid.seq_len)
+    tile = best_tile({pattern: 1}, grid, kernel=kernel)
     order = None if tile is None else grid.tile_order(tile)
     return [pattern.block_mask(grid, block, order=order).to(args.device)]
 

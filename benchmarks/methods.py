@@ -60,7 +60,7 @@ from sparsereel.patterns import (
 )
 from sparsereel.plan_entries import Method
 from sparsereel.selectors import SelectionContext, Selector
-from sparsereel.token_order import BLOCK, GENERAL_TILE, MASKS, best_tile
+from sparsereel.token_order import BLOCK, GENERAL_TILE, best_mask
 
 RESULTS = Path(__file__).parent / "results"
 DENSE_FIRST = 0.1
@@ -188,9 +188,7 @@ def pattern_at(name: str, density: float, grid: TokenGrid) -> Pattern:
     """The setting whose mask visits the share of blocks that is nearest to `density`."""
 
     def off(pattern: Pattern) -> float:
-        tile = best_tile({pattern: 1}, grid)
-        order = None if tile is None else grid.tile_order(tile)
-        mask = MASKS.get((pattern,), grid, block=BLOCK, order=order)
+        mask = best_mask(pattern, grid)
         return abs((1.0 if mask is None else mask.density) - density)
 
     return min(PATTERNS[name], key=off)

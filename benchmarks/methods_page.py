@@ -17,7 +17,7 @@ from PIL import Image
 from sparsereel import TokenGrid, compensation, patterns, selectors
 from sparsereel.patterns import Pattern
 from sparsereel.selectors import SelectionContext
-from sparsereel.token_order import BLOCK, MASKS, best_tile
+from sparsereel.token_order import best_mask
 
 DOCS = Path(__file__).parents[1] / "docs"
 PICTURES = DOCS / "images" / "methods"
@@ -124,9 +124,8 @@ def pattern_row(name: str, seen: set[str]) -> list[str]:
 
 
 def block_density(pattern: Pattern, grid: TokenGrid) -> float:
-    """Share of key blocks visited in the best token order."""
-    tile = best_tile({pattern: 1}, grid)
-    mask = MASKS.get((pattern,), grid, block=BLOCK, order=None if tile is None else grid.tile_order(tile))
+    """Share of key blocks visited in the token order that visits the fewest."""
+    mask = best_mask(pattern, grid)
     return 1.0 if mask is None else mask.density
 
 

@@ -24,7 +24,7 @@ from sparsereel.families import orders_tokens
 from sparsereel.patterns import Full, Pattern
 from sparsereel.plan_entries import Method
 from sparsereel.selectors import Selector
-from sparsereel.token_order import BLOCK, MASKS, best_tile
+from sparsereel.token_order import best_tile, mask_in_order
 
 DOCS = Path(__file__).parents[1] / "docs" / "presets.md"
 #: the argument that is a selector's density, and whether it is only the least
@@ -60,8 +60,7 @@ def density_of(method: Method, grid: TokenGrid, family: str) -> tuple[float | No
         return 1.0, False
     if isinstance(method, Pattern):
         tile = best_tile({method: 1}, grid, every_call=not orders_tokens(family))
-        order = None if tile is None else grid.tile_order(tile)
-        mask = MASKS.get((method,), grid, block=BLOCK, order=order)
+        mask = mask_in_order(method, grid, tile)
         return (1.0 if mask is None else mask.density), False
     assert isinstance(method, Selector)
     if method.name not in BUDGETS:

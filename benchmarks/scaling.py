@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from sparsereel.files import write_json
 from sparsereel.generation import environment
 from sparsereel.grid import TokenGrid
+from sparsereel.kernel_choice import kernel_for
 from sparsereel.patterns import Neighborhood, Pattern, Radial
-from sparsereel.token_order import best_tile
+from sparsereel.token_order import best_mask
 from sparsereel_kernels import BlockMask, sparse_attention
 
 RESULTS = Path(__file__).parent / "results"
@@ -76,14 +77,18 @@ def _grid(grid: TokenGrid, options: argparse.Namespace) -> list[Row]:
     contenders: dict[str, Callable[[], object]] = {"dense SDPA": lambda: F.scaled_dot_product_attention(q, k, v)}
     masks: dict[str, BlockMask] = {}
     for name, pattern in PATTERNS.items():
-        tile = best_tile({pattern: 1}, grid)
-        masks[name] = pattern.block_mask(grid, order=None if tile is None else grid.tile_order(tile))
+        found = best_mask(pattern, grid, kernel_for("auto", "cpu", q.dtype, grid.seq_len))
+        assert found is not None
+        masks[name] = found
         contenders[name] = lambda mask=masks[name]: sparse_attention(q, k, v, mask)  # type: ignore[misc]
     seconds = _race(contenders, options.repeat)
     rows = []
     for name in contenders:
         mask = masks.get(name)
-        density, allowed = (1.0, 1.0) if mask is None else (mask.density, mask.token_density)
+        shares = (1.0, 1.0, 1.0)
+        if mask is not None:
+            shares = (mask.density, mask.cell_density, mask.token_density)
+        density, cells, allowed = shares
         rows.append(
             {
                 "grid": [grid.segments[0].frames, grid.segments[0].height, grid.segments[0].width],
@@ -91,6 +96,7 @@ def _grid(grid: TokenGrid, options: argparse.Namespace) -> list[Row]:
                 "method": name,
                 "seconds": seconds[name],
                 "density": density,
+                "cell_density": cells,
                 "token_density": allowed,
                 "mask_bytes": 0 if mask is None else mask.nbytes,
             }
@@ -111,7 +117,7 @@ def _race(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[str
 
 
 def _fits(rows: list[Row]) -> list[Row]:
-    """Exponents of time, of visited blocks and of allowed pairs for each method and way to grow."""
+    """Exponents of time, of visited blocks, of cells done and of allowed pairs for each method and way to grow."""
     fits = []
     for way in dict.fromkeys(row["by"] for row in rows):
         for name in dict.fromkeys(row["method"] for row in rows):
@@ -121,6 +127,7 @@ def _fits(rows: list[Row]) -> list[Row]:
             quantities = {
                 "time": [row["seconds"] for row in chosen],
                 "visited": [row["density"] * row["tokens"] ** 2 for row in chosen],
+                "cells": [row["cell_density"] * row["tokens"] ** 2 for row in chosen],
                 "allowed": [row["token_density"] * row["tokens"] ** 2 for row in chosen],
             }
             tokens = [row["tokens"] for row in chosen]
@@ -142,18 +149,19 @@ def _line(rows: list[Row]) -> str:
 
 
 def _print(rows: list[Row], fits: list[Row]) -> None:
-    print(f"{'by':<11}{'tokens':>8}  {'method':<13}{'ms':>9}{'density':>9}{'tokens':>8}{'speed-up':>10}")
+    print(f"{'by':<11}{'tokens':>8}  {'method':<13}{'ms':>9}{'density':>9}{'cells':>8}{'tokens':>8}{'speed-up':>10}")
     dense = {(row["by"], row["tokens"]): row["seconds"] for row in rows if row["method"] == "dense SDPA"}
     for row in rows:
         ratio = dense[row["by"], row["tokens"]] / row["seconds"]
         print(
             f"{row['by']:<11}{row['tokens']:>8}  {row['method']:<13}{1000 * row['seconds']:>9.1f}"
-            f"{row['density']:>9.3f}{row['token_density']:>8.3f}{ratio:>9.2f}x"
+            f"{row['density']:>9.3f}{row['cell_density']:>8.3f}{row['token_density']:>8.3f}"
+            f"{ratio:>9.2f}x"
         )
-    print(f"\nexponent of{'':<18}time  visited blocks  allowed pairs")
+    print(f"\nexponent of{'':<18}time  visited blocks  cells done  allowed pairs")
     for fit in fits:
         name = f"{fit['method']} by {fit['by']}"
-        print(f"{name:<28}{fit['time']:>5.2f}{fit['visited']:>16.2f}{fit['allowed']:>15.2f}")
+        print(f"{name:<28}{fit['time']:>5.2f}{fit['visited']:>16.2f}{fit['cells']:>12.2f}{fit['allowed']:>15.2f}")
 
 
 def _plot(rows: list[Row], path: Path) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from . import block_lists as lists
 from . import registry
 from .bits import count_bits
+from .cells import count_cells, live_cells
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
@@ -237,6 +238,23 @@ class BlockMask:
         """Share of (query, key) pairs allowed, 0 to 1. Reads the device once, then is remembered."""
         batch, heads, q_len, kv_len = self.shape
         return self.cached("token_density", lambda: self._pairs() / max(1, batch * heads * q_len * kv_len))
+
+    @property
+    def cell_density(self) -> float:
+        """Share of cells (at most 12 queries x 16 keys, see cells.py) with an allowed pair: what the CPU kernels do.
+
+        Reads the device once, then is remembered.
+        """
+        return self.cached("cell_density", lambda: self._live_cells() / max(1, self._block_count()))
+
+    def _live_cells(self) -> float:
+        """In whole blocks."""
+        live = float(self.full_kv_num_blocks.sum())
+        if self.has_partial:
+            partial = lists.valid_entries(self.kv_num_blocks, self.kv_indices)
+            counted = (live_cells(self.partial_bits)[self.partial_tile.long()] * partial).sum()
+            live += float(counted) / count_cells(self.BLOCK_SIZE)
+        return live
 
     def _block_count(self) -> int:
         q_blocks, k_blocks = lists.block_counts(self.seq_lengths, self.BLOCK_SIZE)

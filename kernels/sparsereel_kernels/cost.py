@@ -2,10 +2,11 @@
 
 `sparsereel bench cost` measures once and stores a fit for each dtype, head_dim, backend and direction:
 
-    seconds of one head = fixed + per_token * S + per_pair * S^2 * allowed + per_waste * S^2 * (visited - allowed)
+    seconds of one head = fixed + per_token * S + per_pair * S^2 * done + per_waste * S^2 * (visited - done)
 
-`allowed` is the token density, `visited` the density. A block kernel pays for every pair of a block it visits; the
-native CPU kernels look inside partial blocks and skip strips of 16 keys that no row of a panel may see, so a mask of
+`visited` is the density. A block kernel pays for every pair of a block it visits, allowed or not: `done` is the token
+density and `per_waste` comes out like `per_pair`. The native CPU kernels look inside partial blocks and leave out cells
+where no pair is allowed: `done` is the cell density, and `per_waste` the little that looking costs, so that a mask of
 thin stripes costs far less there than its blocks say. The table is read, never measured, by a call.
 """
 
@@ -24,12 +25,12 @@ from . import speed_table
 from .block_mask import BlockMask
 from .problem import dtype_name
 
-VERSION = 1
+VERSION = 2
 logger = logging.getLogger("sparsereel_kernels")
 
-#: Share of the pairs visited in vain that a backend pays for, where no table says. Measured on masks of radial,
-#: temporal and window shape at 8,448 tokens: 0.05 to 0.4 on the CPU; block kernels pay in full.
-PAID_WASTE = {"cpu": 0.35}
+#: What a pair that is visited and not done costs beside one that is, where no table says. Measured on windows and
+#: radial masks of 8,192 to 32,768 tokens in nine orders: 0 to 0.08 on the CPU; block kernels pay in full.
+PAID_WASTE = {"cpu": 0.06}
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,11 @@ class Fit:
     per_waste: float
     error: float
 
-    def seconds(self, tokens: int, density: float, token_density: float) -> float:
-        """Seconds for one head over `tokens` queries and keys."""
+    def seconds(self, tokens: int, density: float, done: float) -> float:
+        """Seconds for one head over `tokens` queries and keys; `done` as `done_density` tells it."""
         pairs = float(tokens) ** 2
-        waste = max(0.0, density - token_density)
-        return (
-            self.fixed
-            + self.per_token * tokens
-            + self.per_pair * pairs * token_density
-            + self.per_waste * pairs * waste
-        )
+        waste = max(0.0, density - done)
+        return self.fixed + self.per_token * tokens + self.per_pair * pairs * done + self.per_waste * pairs * waste
 
     def for_head_dim(self, head_dim: int) -> Fit:
         """The same fit for another head_dim: products grow with it."""
@@ -98,6 +94,19 @@ def find(device_type: str, dtype: torch.dtype, head_dim: int, backend: str, *, b
     return min(fitting, key=lambda fit: abs(fit.head_dim - head_dim)).for_head_dim(head_dim)
 
 
+def done_density(mask: BlockMask, backend: str) -> float:
+    """Share of all pairs that `backend` cannot leave out: allowed ones, on the CPU with all pairs of their cells."""
+    return mask.cell_density if backend == "cpu" else mask.token_density
+
+
+def work_share(mask: BlockMask | None, backend: str) -> float:
+    """Work of a call with `mask` over that of a dense one, whatever the machine (1 for None)."""
+    if mask is None:
+        return 1.0
+    done = done_density(mask, backend)
+    return done + PAID_WASTE.get(backend, 1.0) * max(0.0, mask.density - done)
+
+
 def expected_share(
     mask: BlockMask | None,
     backend: str,
@@ -117,9 +126,8 @@ def expected_share(
     tokens = mask.seq_lengths[1]
     fit = find(device_type, dtype, head_dim, backend)
     if fit is not None:
-        return fit.seconds(tokens, mask.density, mask.token_density) / fit.seconds(tokens, 1.0, 1.0)
-    waste = mask.density - mask.token_density
-    return mask.token_density + PAID_WASTE.get(backend, 1.0) * waste
+        return fit.seconds(tokens, mask.density, done_density(mask, backend)) / fit.seconds(tokens, 1.0, 1.0)
+    return work_share(mask, backend)
 
 
 def to_table(fits: list[Fit], facts: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import dispatch, run, sparse_attention, speed_table
 from .block_mask import BlockMask
-from .cost import Fit
+from .cost import Fit, done_density
 from .problem import dtype_name
 
 BLOCK = (128, 64)
@@ -34,7 +34,7 @@ class Sample:
     backward: bool
     tokens: int
     density: float
-    token_density: float
+    done: float  # cost.done_density
     seconds: float
 
 
@@ -75,7 +75,7 @@ def _shape(sweep: Sweep, dtype: torch.dtype, head_dim: int, tokens: int) -> Iter
         here = None if mask is None else mask.to(torch.device(sweep.device))
         contenders = _contenders(q, k, v, here, sweep)
         for backend, seconds in _race(contenders, sweep.repeats, sweep.device).items():
-            density = (1.0, 1.0) if mask is None else (mask.density, mask.token_density)
+            density = (1.0, 1.0) if mask is None else (mask.density, done_density(mask, backend))
             kind = (dtype_name(dtype), head_dim, backend, sweep.backward, tokens)
             yield Sample(*kind, *density, seconds / sweep.heads)
 
@@ -158,8 +158,8 @@ def fit(samples: list[Sample], device: str) -> list[Fit]:
 
 def _features(sample: Sample) -> list[float]:
     pairs = float(sample.tokens) ** 2
-    waste = max(0.0, sample.density - sample.token_density)
-    return [1.0, float(sample.tokens), pairs * sample.token_density, pairs * waste]
+    waste = max(0.0, sample.density - sample.done)
+    return [1.0, float(sample.tokens), pairs * sample.done, pairs * waste]
 
 
 def _predicted(weights: tuple[float, ...], sample: Sample) -> float:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsereel.families.base import layout_length
 from sparsereel.families.layout import Layout, decode
 from sparsereel.grid import Permutation
 from sparsereel.launches import Choice, Launch
@@ -92,7 +93,8 @@ def _static(
     splits = change is None and not asked.one_mask and runtime.may_move(layout, padded=asked.key_lengths is not None)
     if change is not None:
         patterns = [change.within(pattern) for pattern in patterns]
-    groups = by_own_tile(patterns, decode(layout), tile) if splits else {tile: list(range(len(patterns)))}
+    kernel = runtime.kernel_of_order(layout_length(layout), device.type)
+    groups = by_own_tile(patterns, decode(layout), tile, kernel) if splits else {tile: list(range(len(patterns)))}
     heads, launches = tuple(static), []
     for place, members in groups.items():
         together = tuple(patterns[number] for number in members)

@@ -17,12 +17,12 @@ from torch import nn
 from sparsereel.families import find, orders_tokens
 from sparsereel.files import replacing
 from sparsereel.grid import TokenGrid
+from sparsereel.kernel_choice import kernel_for
 from sparsereel.patterns import Full, Pattern
 from sparsereel.plan import AttentionPlan, LayerPlan
-from sparsereel.token_order import BLOCK, MASKS, Tile, best_tile, by_own_tile, own_tile
-from sparsereel_kernels import BlockMask, dispatch
-from sparsereel_kernels.cost import expected_share
-from sparsereel_kernels.problem import Problem
+from sparsereel.token_order import BLOCK, MASKS, Tile, best_tile, by_own_tile, mask_in_order, own_tile
+from sparsereel_kernels import BlockMask
+from sparsereel_kernels.cost import done_density, expected_share
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class HeadGroup:
         heads: numbers of the heads.
         does: what they do, in short.
         density, token_density: shares of key blocks visited and of pairs allowed, mean over the steps.
+        done: share of the pairs that the kernel here cannot leave out (`cost.done_density`), mean over the steps.
         flops: of the two matrix products of these heads in one forward pass, mean over the steps.
     """
 
@@ -42,6 +43,7 @@ class HeadGroup:
     does: str
     density: float
     token_density: float
+    done: float
     flops: float
 
 
@@ -141,13 +143,14 @@ def inspect_plan(plan: AttentionPlan, grid: TokenGrid, model: Architecture, *, s
         note = "selectors choose at run time: layers that hold any are counted as dense here"
     used = Counter(p for layer in layers for head in layer.heads for _, p in head if not isinstance(p, Full))
     every_call = not orders_tokens(model.family)
-    tile = best_tile(used, grid, every_call=every_call) if used and not short else None
+    kernel = backend_here(grid.seq_len, model.head_dim)
+    tile = best_tile(used, grid, every_call=every_call, kernel=kernel) if used and not short else None
     groups: list[HeadGroup] = []
     full = 4.0 * grid.seq_len**2 * model.head_dim
     for layer in layers:
         for heads, does in _alike(layer):
-            density, tokens = _over_steps(plan, layer, heads[0], grid, tile, steps, model.head_dim, dense=short)
-            groups.append(HeadGroup(layer.index, heads, does, density, tokens, full * len(heads) * density))
+            shares = _over_steps(plan, layer, heads[0], grid, tile, steps, model.head_dim, kernel, dense=short)
+            groups.append(HeadGroup(layer.index, heads, does, *shares, flops=full * len(heads) * shares[0]))
     return Inspection(
         plan.describe(),
         str(grid),
@@ -182,28 +185,30 @@ def _over_steps(
     tile: Tile | None,
     steps: int,
     head_dim: int,
+    kernel: str,
     *,
     dense: bool,
-) -> tuple[float, float]:
-    pairs = []
+) -> tuple[float, float, float]:
+    """(density, token density, done), means over the steps."""
+    shares = []
     for step in range(steps):
-        if dense or plan.schedule.dense_at(step, steps):
-            pairs.append((1.0, 1.0))
+        # Selectors see q and k, which a look at the plan does not have: counted as dense, and said so.
+        if dense or plan.schedule.dense_at(step, steps) or layer.has_selectors:
+            shares.append((1.0, 1.0, 1.0))
             continue
         patterns = cast(tuple[Pattern, ...], layer.at(step, steps))
-        if layer.has_selectors:
-            # Selectors see q and k, which a look at the plan does not have: counted as dense, and said so.
-            pairs.append((1.0, 1.0))
-            continue
         each = tuple(pattern.for_head(layer.index, number) for number, pattern in enumerate(patterns))
-        share = 0.0
-        for place, members in by_own_tile(each, grid, tile).items():
+        expected = 0.0
+        for place, members in by_own_tile(each, grid, tile, kernel).items():
             mask = _mask(tuple(each[number] for number in members), grid, place)
-            share += len(members) / len(each) * _expected_here(mask, grid.seq_len, head_dim)
-        own = _mask((each[head],), grid, own_tile(each[head], grid, tile))
-        dear = share > plan.schedule.max_density
-        pairs.append((1.0, 1.0) if dear or own is None else (own.density, own.token_density))
-    return sum(p[0] for p in pairs) / steps, sum(p[1] for p in pairs) / steps
+            expected += len(members) / len(each) * _expected_here(mask, kernel, head_dim)
+        own = mask_in_order(each[head], grid, own_tile(each[head], grid, tile, kernel))
+        if own is None or expected > plan.schedule.max_density:
+            shares.append((1.0, 1.0, 1.0))
+        else:
+            shares.append((own.density, own.token_density, done_density(own, kernel)))
+    density, tokens, done = (sum(column) / steps for column in zip(*shares, strict=True))
+    return density, tokens, done
 
 
 def _mask(patterns: tuple[Pattern, ...], grid: TokenGrid, tile: Tile | None) -> BlockMask | None:
@@ -218,30 +223,14 @@ def _device_here() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _expected_here(mask: BlockMask | None, tokens: int, head_dim: int) -> float:
+def _expected_here(mask: BlockMask | None, kernel: str, head_dim: int) -> float:
     """Time over that of a dense call, on this machine, for a model in bf16."""
-    backend = backend_here(tokens, head_dim)
-    return expected_share(mask, backend, device_type=_device_here(), dtype=DTYPE, head_dim=head_dim)
+    return expected_share(mask, kernel, device_type=_device_here(), dtype=DTYPE, head_dim=head_dim)
 
 
 def backend_here(tokens: int, head_dim: int = 64) -> str:
     """Name of the backend that would run a sparse call in bf16 on this machine."""
-    problem = Problem(
-        device_type=_device_here(),
-        dtype=DTYPE,
-        batch=1,
-        heads=1,
-        kv_heads=1,
-        q_len=tokens,
-        kv_len=tokens,
-        head_dim=head_dim,
-        v_dim=head_dim,
-        block=BLOCK,
-        has_partial=True,
-        modifier=None,
-        needs_backward=False,
-    )
-    return dispatch.choose("auto", problem, None).name
+    return kernel_for("auto", _device_here(), DTYPE, tokens, head_dim=head_dim)
 
 
 def plot(inspection: Inspection, path: Path) -> None:

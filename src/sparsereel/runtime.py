@@ -24,6 +24,7 @@ from sparsereel.extend.change import Where
 from sparsereel.families.base import Family, OrderSource, layout_length, named
 from sparsereel.families.diffusers_seam import blurs_queries, is_spread
 from sparsereel.families.layout import Layout, decode, fixed
+from sparsereel.kernel_choice import kernel_for
 from sparsereel.launches import Choice, run_launches
 from sparsereel.padding import bias_of, lengths_of
 from sparsereel.patterns import Full
@@ -109,7 +110,9 @@ class ModelRuntime(OrderSource):
         self._moves_calls = True
         #: numbers of the heads that this process holds in the call in progress, under context parallelism; None = all
         self.held_heads: range | None = None
-        self._tiles: dict[Layout, Tile | None] = {}
+        #: type of the device of the call in progress
+        self._device_type = "cpu"
+        self._tiles: dict[tuple[Layout, str], Tile | None] = {}
         self._layouts: dict[Layout, set[Layout]] = {}
         self._step: StepInfo | None = None
         self._step_known = False
@@ -143,6 +146,7 @@ class ModelRuntime(OrderSource):
         self.no_layout = found if isinstance(found, str) else ""
         layout = None if isinstance(found, str) else found
         self.layout = layout
+        self._device_type = _device_type(arguments)
         spread = is_spread(model)
         if spread and (self.extension is not None or self.perturbing is not None):
             raise ValueError(
@@ -152,7 +156,7 @@ class ModelRuntime(OrderSource):
         self._moves_calls = not spread
         ordered = self.orders_tokens and layout is not None and not spread
         ordered = ordered and not any(map(blurs_queries, self.attentions))
-        self.tile = self._tile_for(fixed(layout)) if ordered and layout is not None else None
+        self.tile = self._tile_for(fixed(layout), self._device_type) if ordered and layout is not None else None
         if not torch.compiler.is_compiling():
             self._step_known = False
             self._seed = None
@@ -209,12 +213,19 @@ class ModelRuntime(OrderSource):
             return None
         return torch.ops.sparsereel.token_order(like, list(self.layout), list(self.tile), inverse)
 
-    def _tile_for(self, layout: Layout) -> Tile | None:
-        if layout not in self._tiles:
+    def _tile_for(self, layout: Layout, device_type: str) -> Tile | None:
+        key = (layout, device_type)
+        if key not in self._tiles:
             grid = decode(layout)
             enough = grid.seq_len >= self.plan.schedule.min_tokens
-            self._tiles[layout] = best_tile(self.methods(), grid, every_call=not self.orders_tokens) if enough else None
-        return self._tiles[layout]
+            kernel = self.kernel_of_order(grid.seq_len, device_type)
+            every_call = not self.orders_tokens
+            self._tiles[key] = best_tile(self.methods(), grid, every_call=every_call, kernel=kernel) if enough else None
+        return self._tiles[key]
+
+    def kernel_of_order(self, tokens: int, device_type: str) -> str:
+        """The kernel that tokens are put in order for; every call of a device has the same, whatever its dtype."""
+        return kernel_for(self.backend, device_type, torch.float32, tokens)
 
     def methods(self) -> Counter[Method]:
         """How many heads of how many layers follow each pattern or selector at some step."""
@@ -263,7 +274,7 @@ class ModelRuntime(OrderSource):
         """The order that a call with this layout puts its own tokens in, where its family does not once a forward."""
         if self.orders_tokens or not self.may_move(layout, padded=padded):
             return None
-        return self._tile_for(fixed(layout))
+        return self._tile_for(fixed(layout), self._device_type)
 
     # -------------------------------------------------------------- choice
 
@@ -448,3 +459,11 @@ class ModelRuntime(OrderSource):
         self._announced.add(reason)
         level = logging.DEBUG if reason in _INTENDED else logging.WARNING
         logger.log(level, "%s.%s stays dense: %s", self.component, layer, reason)
+
+
+def _device_type(arguments: Mapping[str, Any]) -> str:
+    """Where a model's call runs."""
+    for value in arguments.values():
+        if isinstance(value, torch.Tensor):
+            return value.device.type
+    return "cpu"

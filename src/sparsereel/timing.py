@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from sparsereel.generation import DTYPES, Request, environment, generate
 from sparsereel.grid import TokenGrid
 from sparsereel.inject import PlanLike
+from sparsereel.kernel_choice import kernel_for
 from sparsereel.patterns import Full, Pattern, Skip
 from sparsereel.plan import AttentionPlan
 from sparsereel.presets import resolve_plan
 from sparsereel.search.candidates import methods_of
 from sparsereel.sparse_layer import clock
-from sparsereel.token_order import BLOCK, MASKS, best_tile
+from sparsereel.token_order import best_mask
 from sparsereel_kernels import BlockMask, dispatch, sparse_attention
 from sparsereel_kernels.run import Wants, problem_of
 
@@ -64,7 +65,7 @@ def time_attention(
     q, k, v = (torch.randn(shape, generator=generator).to(device, DTYPES[dtype]) for _ in range(3))
     rows: list[dict[str, Any]] = []
     for pattern in patterns:
-        mask = _mask(pattern, grid, device)
+        mask = _mask(pattern, grid, device, kernel_for("auto", q.device.type, q.dtype, grid.seq_len, head_dim=head_dim))
         contenders = {"SDPA": _with_gradients(F.scaled_dot_product_attention, (q, k, v), backward)}
         for name in _runnable((q, k, v), mask, backward, backends):
             contenders[name] = _with_gradients(_sparse(mask, name), (q, k, v), backward)
@@ -97,11 +98,9 @@ def _patterns(plan: AttentionPlan) -> list[Pattern]:
     return found
 
 
-def _mask(pattern: Pattern, grid: TokenGrid, device: str) -> BlockMask:
+def _mask(pattern: Pattern, grid: TokenGrid, device: str, kernel: str) -> BlockMask:
     """The pattern's mask in the order that `sparsify` would put the tokens in."""
-    tile = best_tile({pattern: 1}, grid)
-    order = None if tile is None else grid.tile_order(tile)
-    mask = MASKS.get((pattern.for_head(0, 0),), grid, block=BLOCK, order=order)
+    mask = best_mask(pattern.for_head(0, 0), grid, kernel)
     if mask is None:
         raise ValueError(f"{pattern} allows everything on {grid}: there is nothing to skip")
     return mask.to(device)

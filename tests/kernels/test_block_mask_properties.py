@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,6 +44,32 @@ def test_dense_round_trip(made):
     mask = BlockMask.from_dense(dense, block)
     assert torch.equal(mask.to_dense(), dense)
     assert mask.token_density == (float(dense.double().mean()) if dense.numel() else 0.0)
+
+
+def live_cells(dense, block):
+    """Share of cells with an allowed pair, counted one by one; every cell of a block without a hidden pair is live."""
+    live = cells = 0
+    for head in dense.flatten(0, 1):
+        for rows in head.split(block[0]):
+            for tile in rows.split(block[1], dim=1):
+                if not tile.numel():
+                    continue
+                panels = math.ceil(block[0] / 12)
+                whole = torch.zeros(block, dtype=torch.bool)
+                whole[: tile.shape[0], : tile.shape[1]] = tile
+                found = [bool(c.any()) for p in whole.tensor_split(panels) for c in p.split(16, dim=1)]
+                live += len(found) if tile.all() else sum(found)
+                cells += len(found)
+    return live / max(1, cells)
+
+
+@SETTINGS
+@given(masks())
+def test_cells_that_hold_an_allowed_pair(made):
+    block, (dense,) = made
+    mask = BlockMask.from_dense(dense, block)
+    assert mask.cell_density == pytest.approx(live_cells(dense, block))
+    assert mask.cell_density <= mask.density
 
 
 @SETTINGS

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from sparsereel_kernels import BlockMask, cost, dispatch, measure_cost, speed_table
+from sparsereel_kernels import BlockMask, cells, cost, cpu, dispatch, measure_cost, speed_table
 from sparsereel_kernels.measure_cost import Sample, Sweep
 
 TRUTH = (2e-4, 3e-8, 4e-10, 1e-10)
@@ -59,12 +60,20 @@ def test_expected_share_uses_the_table_where_there_is_one(cache):
     mask = BlockMask.from_dense(stripes[None, None], (128, 64))
     assert mask.density > 0.9 > 0.2 > mask.token_density
     untold = cost.expected_share(mask, "cpu")
-    assert untold == pytest.approx(mask.token_density + 0.35 * (mask.density - mask.token_density))
+    done = mask.cell_density
+    assert mask.token_density < done < 0.5
+    assert untold == pytest.approx(done + 0.06 * (mask.density - done)) == cost.work_share(mask, "cpu")
     assert cost.expected_share(mask, "torch") == pytest.approx(mask.density)
     store(cache, measure_cost.fit(made_up(weights=(0, 0, 4e-10, 1e-10)), "cpu"))
     told = cost.expected_share(mask, "cpu")
-    assert told == pytest.approx(mask.token_density + 0.25 * (mask.density - mask.token_density))
-    assert cost.expected_share(None, "cpu") == 1.0
+    assert told == pytest.approx(done + 0.25 * (mask.density - done))
+    assert cost.expected_share(None, "cpu") == cost.work_share(None, "cpu") == 1.0
+
+
+def test_cells_are_those_of_the_kernels():
+    source = Path(cpu.__file__).parent / "csrc"
+    assert f"PANEL_ROWS = {cells.PANEL};" in (source / "forward.h").read_text()
+    assert f"STRIP = {cells.STRIP};" in (source / "unit.h").read_text()
 
 
 def test_head_dim_scales_and_the_nearest_is_taken(cache):

@@ -27,5 +27,7 @@ def test_a_small_run_is_written(tmp_path, capsys):
         ("frame size", 8464),
     ]
     assert len(result["exponents"]) == 6
+    for row in result["rows"]:
+        assert row["token_density"] <= row["cell_density"] <= row["density"]
     assert iio.imread(tmp_path / "scaling.png").std() > 10
     assert "exponent of" in capsys.readouterr().out

@@ -445,7 +445,7 @@ def test_with_a_plan_that_moves_tokens(build, monkeypatch):
     extend(pipe, "wan", recipe(RegionalPrior(threshold=0.9985)))
     sparsereel.sparsify(pipe, AttentionPlan.uniform(Neighborhood(window=(1, 5, 5))))
     runtime = pipe.transformer._sparsereel_injection.runtime
-    monkeypatch.setattr(runtime, "_tile_for", lambda layout: (1, 4, 4))
+    monkeypatch.setattr(runtime, "_tile_for", lambda layout, device_type: (1, 4, 4))
     hidden, kept = [], []
 
     def seen(module, args, kwargs, out):

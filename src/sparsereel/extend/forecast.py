@@ -131,11 +131,11 @@ def forecast(
         seconds = None
     else:
         dense = [(architecture.heads * layers, 1.0, 1.0)]
-        shares = dense if found is None else [(len(g.heads), g.density, g.token_density) for g in found.groups]
+        shares = dense if found is None else [(len(g.heads), g.density, g.done) for g in found.groups]
         seconds = sum(
-            run.count * heads * fit.seconds(run.total, blocks * windows[run], tokens * windows[run])
+            run.count * heads * fit.seconds(run.total, blocks * windows[run], done * windows[run])
             for run in runs
-            for heads, blocks, tokens in (shares if sparse[run] else dense)
+            for heads, blocks, done in (shares if sparse[run] else dense)
         )
     largest = max(runs, key=lambda run: run.total)
     held = activations(model, pipe, wanted, largest.tokens, dtype, device)

@@ -8,15 +8,14 @@ from functools import cached_property
 import numpy as np
 
 from sparsereel.families.layout import Layout, decode
-from sparsereel.grid import Permutation, TokenGrid
+from sparsereel.grid import TokenGrid
 from sparsereel.patterns import Full, Pattern
 from sparsereel.plan_entries import Method
 from sparsereel.schedule import share_of
 from sparsereel.search.record import STEPS_EACH, Key, Recording, Study
 from sparsereel.selectors import Selector
-from sparsereel.token_order import BLOCK, GENERAL_TILE, MASKS, Tile, own_tile, tile_order
-from sparsereel_kernels import BlockMask, cost, dispatch
-from sparsereel_kernels.problem import Problem
+from sparsereel.token_order import BLOCK, Tile, candidate_tiles, mask_in_order, own_tile
+from sparsereel_kernels import cost
 
 #: Operations of a selection run so many times slower than those of attention: they are passes over memory and small
 #: launches. From the table in docs/selectors.md: 15 to 26 for pooled scores, 10 for sampled queries.
@@ -117,11 +116,11 @@ def errors_of(recording: Recording) -> np.ndarray:
 
 
 def tiles_of(study: Study) -> list[Tile | None]:
-    """Token orders worth pricing: the model's own, the general one, and those that candidates prefer."""
+    """Token orders worth pricing: the model's own, and those that a plan of the candidates may run in."""
+    patterns = [p for p in study.candidates if isinstance(p, Pattern)]
     tiles: dict[Tile | None, None] = {None: None}
     for grid in {decode(layer.layout) for layer in study.facts.layers.values()}:
-        preferred = [p.preferred_tile(grid) for p in study.candidates if isinstance(p, Pattern)]
-        tiles |= dict.fromkeys([GENERAL_TILE, *(tile for tile in preferred if tile is not None)])
+        tiles |= dict.fromkeys(candidate_tiles(patterns, grid, study.kernel))
     return list(tiles)
 
 
@@ -132,7 +131,7 @@ class Pricing:
         self.study = study
         self.recording = recording
         self.items = items_of(recording)
-        self.backend = _backend(study)
+        self.backend = study.kernel
         self._densities: dict[tuple[Method, Layout, Tile | None], tuple[float, float]] = {}
 
     def costs(self, tile: Tile | None) -> Costs:
@@ -183,27 +182,29 @@ class Pricing:
         if isinstance(method, Selector):
             calls = float(sums.calls)
             density = float(sums.density[head, number]) / calls
-            tokens = float(sums.token_density[head, number]) / calls
+            # Selectors choose whole blocks: their cells are full but where text or frames end inside a block.
+            done = float(sums.token_density[head, number]) / calls
             selecting = self._selecting(method, decode(layout), facts.head_dim)
         else:
             pattern = method.for_head(key[1], head)
-            density, tokens = self._density(pattern, layout, tile)
-        return self._share(density, tokens, decode(layout), facts.head_dim) + selecting, density, selecting
+            density, done = self._density(pattern, layout, tile)
+        return self._share(density, done, decode(layout), facts.head_dim) + selecting, density, selecting
 
     def _density(self, pattern: Pattern, layout: Layout, tile: Tile | None) -> tuple[float, float]:
+        """(blocks visited, what the kernel does of them), shares of all."""
         key = (pattern, layout, tile)
         if key not in self._densities:
-            place = own_tile(pattern, decode(layout), tile)
-            order: Permutation | None = None if place is None else tile_order(layout, place)
-            mask: BlockMask | None = MASKS.get((pattern,), decode(layout), block=BLOCK, order=order)
-            self._densities[key] = (1.0, 1.0) if mask is None else (mask.density, mask.token_density)
+            place = own_tile(pattern, decode(layout), tile, self.backend)
+            mask = mask_in_order(pattern, decode(layout), place)
+            done = 1.0 if mask is None else cost.done_density(mask, self.backend)
+            self._densities[key] = (1.0 if mask is None else mask.density, done)
         return self._densities[key]
 
-    def _share(self, density: float, tokens: float, grid: TokenGrid, head_dim: int) -> float:
+    def _share(self, density: float, done: float, grid: TokenGrid, head_dim: int) -> float:
         fit = cost.find(self.study.facts.device_type, self.study.facts.dtype, head_dim, self.backend)
         if fit is not None:
-            return fit.seconds(grid.seq_len, density, tokens) / fit.seconds(grid.seq_len, 1.0, 1.0)
-        return tokens + cost.PAID_WASTE.get(self.backend, 1.0) * (density - tokens)
+            return fit.seconds(grid.seq_len, density, done) / fit.seconds(grid.seq_len, 1.0, 1.0)
+        return done + cost.PAID_WASTE.get(self.backend, 1.0) * max(0.0, density - done)
 
     def _selecting(self, selector: Selector, grid: TokenGrid, head_dim: int) -> float:
         """Time of one head's selection over a dense head, spread over the calls that it serves."""
@@ -220,26 +221,3 @@ class Pricing:
         else:
             serves = steps / (1 if refresh == "once" else 1 + len(refresh))
         return work / operations / serves
-
-
-def _backend(study: Study) -> str:
-    """Name of the backend that sparse calls will run on."""
-    facts = study.facts
-    layer = next(iter(facts.layers.values()))
-    tokens = decode(layer.layout).seq_len
-    problem = Problem(
-        device_type=facts.device_type,
-        dtype=facts.dtype,
-        batch=1,
-        heads=layer.heads,
-        kv_heads=layer.heads,
-        q_len=tokens,
-        kv_len=tokens,
-        head_dim=layer.head_dim,
-        v_dim=layer.head_dim,
-        block=BLOCK,
-        has_partial=True,
-        modifier=None,
-        needs_backward=False,
-    )
-    return dispatch.choose(study.settings.backend, problem, None).name

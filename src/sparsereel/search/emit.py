@@ -121,7 +121,8 @@ def tile_of(study: Study, plan: AttentionPlan) -> Tile | None:
         if not isinstance(method, Full)
     )
     largest = max(grids, key=lambda grid: grid.seq_len)
-    return best_tile(uses, largest, every_call=not study.facts.ordered) if uses else None
+    every_call = not study.facts.ordered
+    return best_tile(uses, largest, every_call=every_call, kernel=study.kernel) if uses else None
 
 
 def resolved(study: Study, plan: AttentionPlan, component: str) -> list[LayerPlan]:

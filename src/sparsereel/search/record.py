@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from sparsereel.families.layout import Layout, decode
 from sparsereel.files import replacing
+from sparsereel.kernel_choice import kernel_for
 from sparsereel.plan_entries import Method
 from sparsereel.plan_parse import describe_use
 from sparsereel.search.errors import SAMPLES, AttentionCall, RowMasks, Sums, measure
@@ -44,6 +46,14 @@ class Study:
     candidates: tuple[Method, ...]
     buckets: tuple[Bucket, ...]
     folder: Path | None
+
+    @cached_property
+    def kernel(self) -> str:
+        """Name of the backend that sparse calls will run on."""
+        layer = next(iter(self.facts.layers.values()))
+        tokens, heads = decode(layer.layout).seq_len, layer.heads
+        device, dtype = self.facts.device_type, self.facts.dtype
+        return kernel_for(self.settings.backend, device, dtype, tokens, heads=heads, head_dim=layer.head_dim)
 
     @classmethod
     def of(
