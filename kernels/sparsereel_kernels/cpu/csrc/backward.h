@@ -7,7 +7,8 @@
 #pragma once
 
 // Rows of a panel. Sums of queries are loaded and stored for every panel of keys, so there are more of them in one.
-constexpr int64_t BACK_ROWS = FUSES ? 2 * PANEL_ROWS : PANEL_ROWS;
+template <class Op>
+constexpr int64_t BACK_ROWS = Op::PAIR == 1 ? 24 : PANEL_ROWS;
 
 // Packed columns: [0] meets the rows' q or k, [1] their grad_out or v; [2] and [3] are summed up.
 template <class Op>
@@ -22,12 +23,12 @@ struct Backward {
     Backward(const Call& call, int64_t rows, char** scratch) {
         first = take_rows<Op>(scratch, rows, call.packed[0].padded);
         second = take_rows<Op>(scratch, rows, call.packed[1].padded);
-        scores = take_floats(scratch, BACK_ROWS * SCORE_ROW);
-        dots = take_floats(scratch, BACK_ROWS * SCORE_ROW);
+        scores = take_floats(scratch, BACK_ROWS<Op> * SCORE_ROW);
+        dots = take_floats(scratch, BACK_ROWS<Op> * SCORE_ROW);
         weights = take_weights<Op>(scratch, scores);
         grads = take_weights<Op>(scratch, dots);
-        factors = call.frame_of_row ? take_floats(scratch, BACK_ROWS * SCORE_ROW) : nullptr;
-        peak = take_floats(scratch, BACK_ROWS * STRIP);
+        factors = call.frame_of_row ? take_floats(scratch, BACK_ROWS<Op> * SCORE_ROW) : nullptr;
+        peak = take_floats(scratch, BACK_ROWS<Op> * STRIP);
         sums = take_sums(scratch, rows, call.packed[2].padded);
         more_sums = call.operands > 3 ? take_sums(scratch, rows, call.packed[3].padded) : nullptr;
         bias_sums = take_floats(scratch, rows);
@@ -91,7 +92,7 @@ static void backward_panel(const Call& call, const View& view, const Backward<Op
                                 panel->started};
         weigh_panel<Op>(call, view, weights, panel->rows, strips, count);
     }
-    if constexpr (FUSES) {
+    if constexpr (Op::PAIR == 1) {
         if (query_sums) {
             const int64_t padded_dim = call.packed[2].padded;
             reach(call, view, turns, panel->at.strip ? panel->at.block + 1 : panel->at.block);
@@ -155,7 +156,7 @@ template <class Op>
 static void query_gradient(const Call& call, const Task& task, char* scratch) {
     const SparsereelArgs& a = *call.args;
     Backward<Op> w(call, task.rows, &scratch);
-    int64_t token = task.block * call.row_block + task.row, panels = start_panels(w.panels, task.rows, 0, BACK_ROWS);
+    int64_t token = task.block * call.row_block + task.row, panels = start_panels(w.panels, task.rows, 0, BACK_ROWS<Op>);
     copy_rows<Op>(a.q, a.dtype, task.batch, task.head, token, task.rows, a.head_dim, call.packed[0].padded, w.first);
     copy_rows<Op>(a.grad_out, a.dtype, task.batch, task.head, token, task.rows, a.v_dim, call.packed[1].padded, w.second);
     set_ramps(call, token, task.rows, w.ramps);
@@ -171,7 +172,7 @@ static void key_gradient(const Call& call, const Task& task, char* scratch) {
     int64_t token = task.block * call.row_block + task.row, group = a.heads / a.kv_heads;
     // Keys past the length have no gradient.
     int64_t limit = key_limit(a, task.batch) - token, live = limit < 0 ? 0 : limit < task.rows ? limit : task.rows;
-    int64_t panels = start_panels(w.panels, live, 0, BACK_ROWS);
+    int64_t panels = start_panels(w.panels, live, 0, BACK_ROWS<Op>);
     copy_rows<Op>(a.k, a.dtype, task.batch, task.head, token, live, a.head_dim, call.packed[0].padded, w.first);
     copy_rows<Op>(a.v, a.dtype, task.batch, task.head, token, live, a.v_dim, call.packed[1].padded, w.second);
     if (w.keys) copy_rows<Op>(a.k, a.dtype, task.batch, task.head, token, live, a.head_dim, call.packed[2].padded, w.keys);

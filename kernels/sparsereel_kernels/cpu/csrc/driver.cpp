@@ -212,7 +212,9 @@ void backward(const SparsereelArgs& a, const Unit& unit, const Pool& pool) {
     check_sizes(a);
     Mask mask(a, pool);
     if (a.has_mask) mask.turn(pool);
-    if (a.has_mask && unit.fuses) mask.rank(pool);
+    // In pairs, sums of queries would need gradients turned around: they have a pass of their own.
+    const bool one_pass = !uses_pairs(a, unit);
+    if (a.has_mask && one_pass) mask.rank(pool);
     Prepared keys(a, unit, KEY_GRADIENT, &mask, pool);
     size_t positions = (size_t)(a.batch * a.heads * keys.call.query_positions);
     std::vector<float> lse(positions, __builtin_inff()), delta(positions, 0.f);
@@ -225,7 +227,7 @@ void backward(const SparsereelArgs& a, const Unit& unit, const Pool& pool) {
             unit.measure(keys.call, head / a.heads, head % a.heads, row, std::min(row + MEASURED_ROWS, a.q_len));
         }
     });
-    if (unit.fuses) {
+    if (one_pass) {
         keys.fuse();
     } else {
         Prepared queries(a, unit, QUERY_GRADIENT, &mask, pool);

@@ -8,7 +8,8 @@
 constexpr int64_t PANEL_ROWS = 2 * TILE_ROWS;
 constexpr int64_t SPARE_ROWS = PANEL_ROWS;  // the last tiles of a task write past its rows
 #else
-// Few rows: their scores fit the first-level cache, and the fewer they are the more strips of partial blocks are skipped.
+// Few rows: their scores fit the first-level cache, and the fewer they are the more strips of partial blocks are skipped
+// (cells.py counts them).
 constexpr int64_t PANEL_ROWS = 12;
 constexpr int64_t SPARE_ROWS = 0;
 #endif

@@ -50,28 +50,60 @@ static void pass_on(const Call& call, const View& view, Turns* t, int64_t end) {
     for (; t->passed < end; t->passed++) __atomic_fetch_add(turn_at(call, view, *t, t->passed), 1, __ATOMIC_RELEASE);
 }
 
-#if !defined(__AVX512F__)
-template <int R = ROWS>
-INLINE void spread_rows(int64_t columns, const float* weights, int64_t weight_row, const float* rows, int64_t row,
-                        int64_t depth, float* sums, int64_t sum_row) {
-    if (columns == R)
-        spread_strip<R>(weights, weight_row, rows, row, depth, sums, sum_row);
-    else if constexpr (R > 1)
-        spread_rows<R - 1>(columns, weights, weight_row, rows, row, depth, sums, sum_row);
+#if defined(__AVX512F__)
+// sums[R columns, N strips of features] += the sum over depth of weights[d, R] (transposed) * rows[d, N strips].
+template <int R, int N>
+static void spread(const float* weights, int64_t weight_row, const float* rows, int64_t row, int64_t depth, float* sums,
+                   int64_t sum_row) {
+    V c[R][N];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int j = 0; j < N; j++) c[r][j] = load(sums + r * sum_row + j * STRIP);
+    for (int64_t d = 0; d < depth; d++) {
+        V b[N];
+        UNROLL for (int j = 0; j < N; j++) b[j] = load(rows + d * row + j * STRIP);
+        UNROLL for (int r = 0; r < R; r++) {
+            const V x = set1(weights[d * weight_row + r]);
+            UNROLL for (int j = 0; j < N; j++) c[r][j] = fma(x, b[j], c[r][j]);
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int j = 0; j < N; j++) store(sums + r * sum_row + j * STRIP, c[r][j]);
+}
+#else
+template <int R, int N>
+INLINE void spread(const float* weights, int64_t weight_row, const float* rows, int64_t row, int64_t depth, float* sums,
+                   int64_t sum_row) {
+    static_assert(N == 1, "register tiles are one strip wide");
+    spread_strip<R>(weights, weight_row, rows, row, depth, sums, sum_row);
+}
+#endif
+
+template <int R = ROWS, int N = COLUMNS>
+INLINE void spread_rows(int64_t columns, int64_t strips, const float* weights, int64_t weight_row, const float* rows,
+                        int64_t row, int64_t depth, float* sums, int64_t sum_row) {
+    if (columns < R) {
+        if constexpr (R > 1) spread_rows<R - 1, N>(columns, strips, weights, weight_row, rows, row, depth, sums, sum_row);
+    } else if (strips < N) {
+        if constexpr (N > 1) spread_rows<R, N - 1>(columns, strips, weights, weight_row, rows, row, depth, sums, sum_row);
+    } else {
+        spread<R, N>(weights, weight_row, rows, row, depth, sums, sum_row);
+    }
 }
 
 // sums[column of a strip] += weights[row, column] * rows[row], for a panel of rows and a run of strips.
 static void spread_panel(const float* weights, int64_t weight_row, const float* rows, int64_t padded, int64_t panel_rows,
                          const Strip* strips, int64_t count, float* sums) {
-    const Split groups = Split::of(STRIP, ROWS);
+    const Split groups = Split::of(STRIP, ROWS), parts = Split::of(padded / STRIP, COLUMNS);
     for (int64_t i = 0; i < count; i++) {
         float* to = sums + strips[i].index * STRIP * padded;
-        for (int64_t feature = 0; feature < padded; feature += STRIP)
+        for (int64_t p = 0; p < parts.parts; p++) {
+            const int64_t first = Split::first_of(parts, p), width = Split::first_of(parts, p + 1) - first;
+            const int64_t feature = first * STRIP;
             for (int64_t g = 0; g < groups.parts; g++) {
                 const int64_t c = Split::first_of(groups, g), columns = Split::first_of(groups, g + 1) - c;
-                spread_rows(columns, weights + i * STRIP + c, weight_row, rows + feature, padded, panel_rows,
+                spread_rows(columns, width, weights + i * STRIP + c, weight_row, rows + feature, padded, panel_rows,
                             to + c * padded + feature, padded);
             }
+        }
     }
 }
-#endif

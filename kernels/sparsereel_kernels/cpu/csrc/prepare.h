@@ -13,6 +13,8 @@ constexpr float LOG2_E = 1.4426950408889634f;
 constexpr int64_t MAX_FRAMES = int64_t(1) << 26;  // largest frame number that FrameDecay takes
 constexpr int64_t DENSE_BLOCK_Q = 128, DENSE_BLOCK_K = 64;
 
+inline bool uses_pairs(const SparsereelArgs& a, const Unit& unit) { return unit.pairs && a.dtype == SPARSEREEL_BFLOAT16; }
+
 class Prepared {
   public:
     Call call{};
@@ -21,7 +23,7 @@ class Prepared {
         : depth_step_(unit.depth_step) {
         call.args = &a;
         call.pass = pass;
-        call.pairs = unit.pairs && a.dtype == SPARSEREEL_BFLOAT16;
+        call.pairs = uses_pairs(a, unit);
         call.logit_scale = (float)(a.scale * (double)LOG2_E);
         call.modified = a.bias || a.frame_of_q || !(a.scale > 0);
         call.has_mask = a.has_mask;

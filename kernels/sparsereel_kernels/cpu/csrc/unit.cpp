@@ -42,7 +42,6 @@ constexpr int64_t RUN = 32;  // strips a run at most: 512 keys for each softmax 
 constexpr int64_t RUN_BYTES = COLUMNS == 1 ? int64_t(256) << 10 : int64_t(1) << 40;
 // Register tiles of one strip: packed values lie as such tiles read them.
 constexpr bool BLOCKED = COLUMNS == 1;
-constexpr bool FUSES = COLUMNS == 1;
 
 #include "tile.h"
 #include "pack.h"
@@ -119,8 +118,7 @@ static void run(const Call& call, const Task& task, char* scratch) {
 }
 
 extern const Unit unit;
-const Unit unit = {SPARSEREEL_NAME(SPARSEREEL_UNIT), PAIRS, FUSES, DEPTH_STEP, pack, finish, measure, scratch_bytes, run,
-                   merge};
+const Unit unit = {SPARSEREEL_NAME(SPARSEREEL_UNIT), PAIRS, DEPTH_STEP, pack, finish, measure, scratch_bytes, run, merge};
 
 }  // namespace SPARSEREEL_UNIT
 }  // namespace sparsereel

@@ -77,7 +77,8 @@ struct Call {
     float* lse;    // in powers of two, +inf for queries without keys
     float* delta;  // sum(grad_out * out) - grad_lse
 
-    // KEY_GRADIENT that sums up the gradient of queries as well (ordered.h), for the query heads of a wave; else null.
+    // KEY_GRADIENT on fp32 operands sums up the gradient of queries as well (ordered.h), for the query heads of a wave;
+    // else null.
     float* query_sums;  // [heads, query_positions, padded]
     int32_t* turns;     // [heads, query blocks]: shares added so far
 };
@@ -94,7 +95,6 @@ struct Task {
 struct Unit {
     const char* name;
     bool pairs;          // can multiply bf16 pairs
-    bool fuses;          // sums up the gradients of queries in one pass with those of keys and values
     int64_t depth_step;  // head_dim of transposed pairs is rounded up to this
     // Packs one block of columns of one (batch, column head): `place` is its number in the packed buffers.
     void (*pack)(const Call& call, int64_t batch, int64_t head, int64_t block, int64_t place);
