@@ -35,7 +35,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sparsereel_kernels import BlockMask, dispatch, sparse_attention, speed_table
+from sparsereel_kernels import BlockMask, cpu, dispatch, sparse_attention, speed_table
 from sparsereel_kernels.memory import peak_extra_bytes
 from sparsereel_kernels.run import Wants, problem_of
 from sparsereel_kernels.testing import assert_matches_reference, make_qkv, random_block_mask
@@ -208,6 +208,7 @@ def describe(args: argparse.Namespace) -> Row:
     """Machine and problem: what a reader needs to take the figures seriously."""
     return {
         "device": speed_table.device_name(torch.device(args.device).type),
+        "instruction_set": instruction_set() if args.device == "cpu" else None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "shape": [1, args.heads, args.tokens, args.head_dim],
@@ -218,6 +219,14 @@ def describe(args: argparse.Namespace) -> Row:
         "repeat": args.repeat,
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
+
+
+def instruction_set() -> str | None:
+    """What the native CPU kernels use here; None where they are not built."""
+    try:
+        return cpu.binding.chosen_isa()
+    except cpu.BuildError:
+        return None
 
 
 def show(header: Row, rows: list[Row], refused: dict[str, list[str]]) -> None:

@@ -35,6 +35,12 @@ Tile = tuple[int, int, int]
 #: share of the work that an order put on in every call has to save
 CALL_SAVING = 0.05
 
+#: share of the work that another order than the general tile has to save where selectors choose blocks
+SELECTOR_SAVING = 0.05
+
+#: where the model's own order is so near the least work possible, no other is tried: masks of long clips take a second
+SPARE = 0.05
+
 #: an order of some heads' own has to save so many keys a query, and leave at most this share of the work
 OWN_SAVING, OWN_SHARE = 256, 0.7
 #: below so many tokens a launch more costs what it saves
@@ -61,8 +67,9 @@ def best_tile(
 ) -> Tile | None:
     """The tile whose order is the least work, or None for the model's own order.
 
-    Selectors choose blocks by the mean of their tokens, which says more where the tokens are near each other: they vote
-    for tiles, and decide where they hold more than half of the heads.
+    Selectors choose blocks by the mean of their tokens, which says more where the tokens are near each other: with any
+    of them another order than the general tile has to save SELECTOR_SAVING of the work, and where they hold more than
+    half of the heads they decide.
 
     Args:
         methods: how many heads follow each pattern or selector.
@@ -70,18 +77,23 @@ def best_tile(
         kernel: the backend that will run; "" = one that pays for whole blocks.
     """
     patterns = {method: heads for method, heads in methods.items() if isinstance(method, Pattern)}
+    selects = len(patterns) < len(methods)
     if 2 * sum(patterns.values()) < sum(methods.values()):
         return GENERAL_TILE if grid.seq_len > GENERAL_TILE[0] * GENERAL_TILE[1] * GENERAL_TILE[2] else None
 
     def work(tile: Tile | None) -> float:
-        return sum(heads * work_in_order(pattern, grid, tile, kernel) for pattern, heads in patterns.items())
+        needed = sum(heads * work_in_order(pattern, grid, tile, kernel) for pattern, heads in patterns.items())
+        if every_call and tile is None:
+            needed *= 1 - CALL_SAVING
+        if tile == GENERAL_TILE and selects:
+            needed *= 1 - SELECTOR_SAVING
+        return needed
 
-    best, least = None, (1 - CALL_SAVING * every_call) * work(None)
-    for tile in candidate_tiles(patterns, grid, kernel):
-        needed = work(tile)
-        if needed < least:
-            best, least = tile, needed
-    return best
+    # No order does with less than the pairs that are allowed.
+    allowed = sum(heads * _allowed(pattern, grid) for pattern, heads in patterns.items())
+    if not selects and work(None) <= (1 + SPARE) * allowed:
+        return None
+    return min([None, *candidate_tiles(patterns, grid, kernel)], key=work)
 
 
 def candidate_tiles(patterns: Iterable[Pattern], grid: TokenGrid, kernel: str) -> list[Tile]:
@@ -104,6 +116,11 @@ def best_mask(pattern: Pattern, grid: TokenGrid, kernel: str = "") -> BlockMask 
 def work_in_order(pattern: Pattern, grid: TokenGrid, tile: Tile | None, kernel: str) -> float:
     """Work of a head with this pattern where tokens are in the order of `tile`, over that of a dense head."""
     return work_share(mask_in_order(pattern, grid, tile), kernel)
+
+
+def _allowed(pattern: Pattern, grid: TokenGrid) -> float:
+    mask = mask_in_order(pattern, grid, None)
+    return 1.0 if mask is None else mask.token_density
 
 
 @lru_cache(maxsize=4096)

@@ -61,10 +61,31 @@ def test_aligned_windows_keep_their_own_tiles_on_every_kernel():
         assert mask.density == mask.cell_density == mask.token_density
 
 
+def test_no_other_order_is_tried_where_the_models_own_is_near_the_least_work_possible(monkeypatch):
+    tried = []
+
+    def noting(pattern, grid, tile, kernel):
+        tried.append(tile)
+        return work_in_order(pattern, grid, tile, kernel)
+
+    monkeypatch.setattr("sparsereel.token_order.work_in_order", noting)
+    assert best_tile({Radial(): 1}, GRID, kernel="cpu") is None
+    assert set(tried) == {None}
+    assert best_tile({Radial(): 1, WINDOW: 1}, GRID, kernel="cpu") is None
+    assert set(tried) == {None, GENERAL_TILE, *STRIP_TILES}
+
+
 def test_what_most_heads_want_decides():
     assert best_tile({WINDOW: 1, Radial(): 30}, GRID, kernel="cpu") is None
     assert best_tile({WINDOW: 30, Radial(): 1}, GRID, kernel="cpu") in STRIP_TILES
     assert best_tile({WINDOW: 1, selectors.make("block_topk"): 2}, GRID, kernel="cpu") == GENERAL_TILE
+
+
+def test_selectors_keep_the_general_tile_where_another_order_hardly_saves(monkeypatch):
+    # The general tile is far more work here: the saving decides.
+    assert best_tile({WINDOW: 3, selectors.make("block_topk"): 1}, GRID, kernel="cpu") in STRIP_TILES
+    monkeypatch.setattr("sparsereel.token_order.SELECTOR_SAVING", 0.5)
+    assert best_tile({WINDOW: 3, selectors.make("block_topk"): 1}, GRID, kernel="cpu") == GENERAL_TILE
 
 
 def test_an_order_of_every_call_has_to_save_its_own_cost(monkeypatch):
