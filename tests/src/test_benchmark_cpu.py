@@ -1,4 +1,4 @@
-"""The benchmarks of expectations and of orders: rows of what was expected or tried beside what was measured, in a file."""
+"""The benchmarks of expectations and of orders: rows of what was expected or tried beside what was measured."""
 
 from __future__ import annotations
 
