@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from cpu_runs import facts_of, options_of, where
 
 from sparsereel.files import write_json
-from sparsereel.generation import machine
 from sparsereel.grid import TokenGrid
 from sparsereel.patterns import Neighborhood, Pattern, Radial
+from sparsereel.timing import alternate
 from sparsereel.token_order import best_tile, candidate_tiles, mask_in_order
 from sparsereel_kernels import sparse_attention
-from sparsereel_kernels.cpu.binding import chosen_isa
 from sparsereel_kernels.testing import make_qkv
 
 RESULT = Path(__file__).parent / "results" / "orders.json"
@@ -38,14 +38,9 @@ def measure(grid: TokenGrid, pattern: Pattern, dtype: torch.dtype, options: argp
     """One row for each order."""
     q, k, v = make_qkv(grid.seq_len, heads=options.heads, head_dim=options.head_dim, dtype=dtype)
     orders = [None, *candidate_tiles([pattern], grid, "cpu")]
-    masks = {tile: mask_in_order(pattern, grid, tile) for tile in orders}
-    taken: dict[Any, list[float]] = {tile: [] for tile in orders}
-    for attempt in range(options.repeat + 1):
-        for tile, mask in masks.items():
-            begin = time.perf_counter()
-            sparse_attention(q, k, v, mask, backend="cpu")
-            if attempt:
-                taken[tile].append(time.perf_counter() - begin)
+    masks = {tile: mask_in_order((pattern,), grid, tile) for tile in orders}
+    calls = {str(tile): partial(sparse_attention, q, k, v, mask, backend="cpu") for tile, mask in masks.items()}
+    taken = alternate(calls, options.repeat, q)
     chosen, rows = best_tile({pattern: 1}, grid, kernel="cpu"), []
     for tile, mask in masks.items():
         row: Row = {
@@ -55,7 +50,7 @@ def measure(grid: TokenGrid, pattern: Pattern, dtype: torch.dtype, options: argp
             "tile": tile,
             "density": 1.0 if mask is None else mask.density,
             "cell_density": 1.0 if mask is None else mask.cell_density,
-            "ms": 1e3 * statistics.median(taken[tile]),
+            "ms": 1e3 * statistics.median(taken[str(tile)]),
             "chosen": tile == chosen,
         }
         rows.append(row)
@@ -69,25 +64,16 @@ def measure(grid: TokenGrid, pattern: Pattern, dtype: torch.dtype, options: argp
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--repeat", type=int, default=7, help="timed runs of each")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=RESULT)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print(f"{options.heads} heads of {options.head_dim}; {options.threads} threads of {machine()}, {chosen_isa()}")
+    options = options_of(__doc__, 2, RESULT)
+    facts = facts_of(options)
+    print(f"{options.heads} heads of {options.head_dim}; {where(facts)}")
     print(f"{'dtype':<9}{'grid':<10}{'pattern':<34}{'order':<20}{'blocks':>7}{'cells':>7}{'ms':>9}")
     rows: list[Row] = []
     for dtype in options.dtype:
         for shape in GRIDS:
             for pattern in PATTERNS:
                 rows += measure(TokenGrid(*shape), pattern, getattr(torch, dtype), options)
-    names = ("heads", "head_dim", "repeat", "threads")
-    facts = {"machine": machine(), "instruction_set": chosen_isa(), "torch": torch.__version__}
-    write_json(options.output, {**facts, **{name: getattr(options, name) for name in names}, "rows": rows})
+    write_json(options.output, {**facts, "rows": rows})
     print(f"wrote {options.output}")
 
 

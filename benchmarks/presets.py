@@ -60,7 +60,7 @@ def density_of(method: Method, grid: TokenGrid, family: str) -> tuple[float | No
         return 1.0, False
     if isinstance(method, Pattern):
         tile = best_tile({method: 1}, grid, every_call=not orders_tokens(family))
-        mask = mask_in_order(method, grid, tile)
+        mask = mask_in_order((method,), grid, tile)
         return (1.0 if mask is None else mask.density), False
     assert isinstance(method, Selector)
     if method.name not in BUDGETS:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,14 +20,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cpu_runs import facts_of, options_of, where
 
 from sparsereel.files import write_json
-from sparsereel.generation import machine
 from sparsereel.grid import TokenGrid
 from sparsereel.patterns import Neighborhood, Pattern, Radial, Spatial, Temporal
+from sparsereel.timing import alternate
 from sparsereel.token_order import best_mask
 from sparsereel_kernels import cost, sparse_attention
-from sparsereel_kernels.cpu.binding import chosen_isa
 from sparsereel_kernels.testing import make_qkv
 
 RESULT = Path(__file__).parent / "results" / "prices.json"
@@ -49,18 +48,6 @@ NUMBERS = ("density", "cell_density", "expected", "measured", "over_sdpa")
 Row = dict[str, Any]
 
 
-def race(calls: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
-    """Median seconds of each, in turns after a warm-up."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for attempt in range(repeat + 1):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            if attempt:
-                taken[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in taken.items()}
-
-
 @torch.inference_mode()
 def measure(grid: TokenGrid, dtype: torch.dtype, options: argparse.Namespace) -> list[Row]:
     """One row for each pattern."""
@@ -72,7 +59,7 @@ def measure(grid: TokenGrid, dtype: torch.dtype, options: argparse.Namespace) ->
     }
     for pattern, mask in masks.items():
         calls[str(pattern)] = partial(sparse_attention, q, k, v, mask, backend="cpu")
-    seconds = race(calls, options.repeat)
+    seconds = {name: statistics.median(taken) for name, taken in alternate(calls, options.repeat, q).items()}
     rows = []
     for pattern, mask in masks.items():
         row: Row = {
@@ -92,17 +79,10 @@ def measure(grid: TokenGrid, dtype: torch.dtype, options: argparse.Namespace) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--repeat", type=int, default=7, help="timed runs of each")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=RESULT)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = options_of(__doc__, 4, RESULT)
+    facts = facts_of(options)
     found = cost.find("cpu", getattr(torch, options.dtype[0]), options.head_dim, "cpu")
-    print(f"{options.threads} threads of {machine()}, {chosen_isa()}; cost table: {'yes' if found else 'none'}")
+    print(f"{where(facts)}; cost table: {'yes' if found else 'none'}")
     heads = "".join(f"{name:>10}" for name in ("blocks", "cells", "expected", "measured", "of SDPA"))
     print(f"{'dtype':<9}{'tokens':>7}  {'pattern':<38}{heads}")
     rows: list[Row] = []
@@ -113,17 +93,10 @@ def main() -> None:
     slowest = {name: max(row[name] for row in rows) for name in ("measured", "over_sdpa")}
     print(f"expected off by {off[len(off) // 2]:.1%} (median), {off[int(0.9 * len(off))]:.1%} (nine of ten)")
     print(f"slowest sparse call: {slowest['measured']:.3f} of dense on this kernel, {slowest['over_sdpa']:.3f} of SDPA")
-    facts = {
-        "machine": machine(),
-        "instruction_set": chosen_isa(),
-        "threads": options.threads,
-        "torch": torch.__version__,
-        "heads": options.heads,
-        "head_dim": options.head_dim,
-        "repeat": options.repeat,
-        "cost_table": found is not None,
-    }
-    write_json(options.output, {**facts, "off_median": off[len(off) // 2], "slowest": slowest, "rows": rows})
+    write_json(
+        options.output,
+        {**facts, "cost_table": found is not None, "off_median": off[len(off) // 2], "slowest": slowest, "rows": rows},
+    )
     print(f"wrote {options.output}")
 
 

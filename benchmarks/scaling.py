@@ -14,7 +14,6 @@ import json
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from sparsereel.generation import environment
 from sparsereel.grid import TokenGrid
 from sparsereel.kernel_choice import kernel_for
 from sparsereel.patterns import Neighborhood, Pattern, Radial
+from sparsereel.timing import alternate
 from sparsereel.token_order import best_mask
 from sparsereel_kernels import BlockMask, sparse_attention
 
@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@torch.inference_mode()
 def _grid(grid: TokenGrid, options: argparse.Namespace) -> list[Row]:
     shape = (1, options.heads, grid.seq_len, options.head_dim)
     q, k, v = (torch.randn(shape, dtype=getattr(torch, options.dtype)) for _ in range(3))
@@ -81,14 +82,12 @@ def _grid(grid: TokenGrid, options: argparse.Namespace) -> list[Row]:
         assert found is not None
         masks[name] = found
         contenders[name] = lambda mask=masks[name]: sparse_attention(q, k, v, mask)  # type: ignore[misc]
-    seconds = _race(contenders, options.repeat)
+    seconds = {name: statistics.median(taken) for name, taken in alternate(contenders, options.repeat, q).items()}
     rows = []
     for name in contenders:
         mask = masks.get(name)
-        shares = (1.0, 1.0, 1.0)
-        if mask is not None:
-            shares = (mask.density, mask.cell_density, mask.token_density)
-        density, cells, allowed = shares
+        full = mask is None
+        density, cells, allowed = (1.0,) * 3 if full else (mask.density, mask.cell_density, mask.token_density)
         rows.append(
             {
                 "grid": [grid.segments[0].frames, grid.segments[0].height, grid.segments[0].width],
@@ -102,18 +101,6 @@ def _grid(grid: TokenGrid, options: argparse.Namespace) -> list[Row]:
             }
         )
     return rows
-
-
-@torch.inference_mode()
-def _race(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for attempt in range(repeats + 1):
-        for name, call in contenders.items():
-            start = time.perf_counter()
-            call()
-            if attempt or repeats == 1:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def _fits(rows: list[Row]) -> list[Row]:

@@ -103,8 +103,11 @@ def work_share(mask: BlockMask | None, backend: str) -> float:
     """Work of a call with `mask` over that of a dense one, whatever the machine (1 for None)."""
     if mask is None:
         return 1.0
-    done = done_density(mask, backend)
-    return done + PAID_WASTE.get(backend, 1.0) * max(0.0, mask.density - done)
+    return _work(mask.density, done_density(mask, backend), backend)
+
+
+def _work(density: float, done: float, backend: str) -> float:
+    return done + PAID_WASTE.get(backend, 1.0) * max(0.0, density - done)
 
 
 def expected_share(
@@ -123,11 +126,18 @@ def expected_share(
     """
     if mask is None:
         return 1.0
-    tokens = mask.seq_lengths[1]
+    shares = (mask.density, done_density(mask, backend))
+    return expected_share_of(mask.seq_lengths[1], *shares, backend, device_type, dtype, head_dim)
+
+
+def expected_share_of(
+    tokens: int, density: float, done: float, backend: str, device_type: str, dtype: torch.dtype, head_dim: int
+) -> float:
+    """`expected_share` for a mask of which only the densities are known (`done` as `done_density` tells it)."""
     fit = find(device_type, dtype, head_dim, backend)
     if fit is not None:
-        return fit.seconds(tokens, mask.density, done_density(mask, backend)) / fit.seconds(tokens, 1.0, 1.0)
-    return work_share(mask, backend)
+        return fit.seconds(tokens, density, done) / fit.seconds(tokens, 1.0, 1.0)
+    return _work(density, done, backend)
 
 
 def to_table(fits: list[Fit], facts: dict[str, Any]) -> dict[str, Any]:

@@ -93,8 +93,10 @@ def _static(
     splits = change is None and not asked.one_mask and runtime.may_move(layout, padded=asked.key_lengths is not None)
     if change is not None:
         patterns = [change.within(pattern) for pattern in patterns]
-    kernel = runtime.kernel_of_order(layout_length(layout), device.type)
-    groups = by_own_tile(patterns, decode(layout), tile, kernel) if splits else {tile: list(range(len(patterns)))}
+    groups = {tile: list(range(len(patterns)))}
+    if splits:
+        kernel = runtime.kernel_of_order(layout_length(layout), device.type)
+        groups = by_own_tile(patterns, decode(layout), tile, kernel)
     heads, launches = tuple(static), []
     for place, members in groups.items():
         together = tuple(patterns[number] for number in members)

@@ -20,7 +20,7 @@ from sparsereel.grid import TokenGrid
 from sparsereel.kernel_choice import kernel_for
 from sparsereel.patterns import Full, Pattern
 from sparsereel.plan import AttentionPlan, LayerPlan
-from sparsereel.token_order import BLOCK, MASKS, Tile, best_tile, by_own_tile, mask_in_order, own_tile
+from sparsereel.token_order import Tile, best_tile, by_own_tile, mask_in_order, own_tile
 from sparsereel_kernels import BlockMask
 from sparsereel_kernels.cost import done_density, expected_share
 
@@ -200,19 +200,15 @@ def _over_steps(
         each = tuple(pattern.for_head(layer.index, number) for number, pattern in enumerate(patterns))
         expected = 0.0
         for place, members in by_own_tile(each, grid, tile, kernel).items():
-            mask = _mask(tuple(each[number] for number in members), grid, place)
+            mask = mask_in_order(tuple(each[number] for number in members), grid, place)
             expected += len(members) / len(each) * _expected_here(mask, kernel, head_dim)
-        own = mask_in_order(each[head], grid, own_tile(each[head], grid, tile, kernel))
+        own = mask_in_order((each[head],), grid, own_tile(each[head], grid, tile, kernel))
         if own is None or expected > plan.schedule.max_density:
             shares.append((1.0, 1.0, 1.0))
         else:
             shares.append((own.density, own.token_density, done_density(own, kernel)))
     density, tokens, done = (sum(column) / steps for column in zip(*shares, strict=True))
     return density, tokens, done
-
-
-def _mask(patterns: tuple[Pattern, ...], grid: TokenGrid, tile: Tile | None) -> BlockMask | None:
-    return MASKS.get(patterns, grid, block=BLOCK, order=None if tile is None else grid.tile_order(tile))
 
 
 #: what models are taken to run in; configs do not say

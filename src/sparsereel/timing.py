@@ -69,7 +69,7 @@ def time_attention(
         contenders = {"SDPA": _with_gradients(F.scaled_dot_product_attention, (q, k, v), backward)}
         for name in _runnable((q, k, v), mask, backward, backends):
             contenders[name] = _with_gradients(_sparse(mask, name), (q, k, v), backward)
-        taken = _alternate(contenders, repeats, q)
+        taken = alternate(contenders, repeats, q)
         dense = statistics.median(taken["SDPA"])
         for name, seconds in taken.items():
             median = statistics.median(seconds)
@@ -129,9 +129,10 @@ def _with_gradients(attend: Callable[..., torch.Tensor], tensors: Any, backward:
     return lambda: torch.autograd.grad(attend(*leaves), leaves, grad)
 
 
-def _alternate(
+def alternate(
     contenders: Mapping[str, Callable[[], object]], repeats: int, like: torch.Tensor
 ) -> dict[str, list[float]]:
+    """Seconds of each contender, taken in turns after one warm-up each; `like` is on the device where they run."""
     for call in contenders.values():
         call()
     taken: dict[str, list[float]] = {name: [] for name in contenders}

@@ -103,23 +103,23 @@ def candidate_tiles(patterns: Iterable[Pattern], grid: TokenGrid, kernel: str) -
     return list(dict.fromkeys([*(tile for tile in preferred if tile is not None), GENERAL_TILE, *strips]))
 
 
-def mask_in_order(pattern: Pattern, grid: TokenGrid, tile: Tile | None) -> BlockMask | None:
-    """The pattern's mask where tokens are in the order of `tile`; None where it allows everything."""
-    return MASKS.get((pattern,), grid, block=BLOCK, order=None if tile is None else grid.tile_order(tile))
+def mask_in_order(patterns: tuple[Pattern, ...], grid: TokenGrid, tile: Tile | None) -> BlockMask | None:
+    """The mask of heads with these patterns, tokens in the order of `tile`; None where all of them allow everything."""
+    return MASKS.get(patterns, grid, block=BLOCK, order=None if tile is None else grid.tile_order(tile))
 
 
 def best_mask(pattern: Pattern, grid: TokenGrid, kernel: str = "") -> BlockMask | None:
     """The pattern's mask in the order that `sparsify` gives to a model that follows this pattern everywhere."""
-    return mask_in_order(pattern, grid, best_tile({pattern: 1}, grid, kernel=kernel))
+    return mask_in_order((pattern,), grid, best_tile({pattern: 1}, grid, kernel=kernel))
 
 
 def work_in_order(pattern: Pattern, grid: TokenGrid, tile: Tile | None, kernel: str) -> float:
     """Work of a head with this pattern where tokens are in the order of `tile`, over that of a dense head."""
-    return work_share(mask_in_order(pattern, grid, tile), kernel)
+    return work_share(mask_in_order((pattern,), grid, tile), kernel)
 
 
 def _allowed(pattern: Pattern, grid: TokenGrid) -> float:
-    mask = mask_in_order(pattern, grid, None)
+    mask = mask_in_order((pattern,), grid, None)
     return 1.0 if mask is None else mask.token_density
 
 

@@ -24,6 +24,8 @@ pytestmark = [
 def run(tmp_path, monkeypatch):
     """Runs a benchmark on one small grid: its module and what it wrote."""
 
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
     def run(name):
         spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCHMARKS / f"{name}.py")
         bench = importlib.util.module_from_spec(spec)

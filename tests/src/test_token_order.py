@@ -34,7 +34,7 @@ def test_the_cpu_kernel_has_tiles_of_one_strip_where_they_are_less_work():
     assert min(work, key=lambda tile: work[tile]) == chosen
     # 0.0591 of the cells beside 0.0911 in the model's own order, which touches the fewest blocks.
     assert work[chosen] < 0.75 * work[None]
-    assert mask_in_order(WINDOW, GRID, chosen).density > mask_in_order(WINDOW, GRID, None).density
+    assert mask_in_order((WINDOW,), GRID, chosen).density > mask_in_order((WINDOW,), GRID, None).density
 
 
 def test_other_kernels_pay_for_blocks():

@@ -195,16 +195,15 @@ class Pricing:
         key = (pattern, layout, tile)
         if key not in self._densities:
             place = own_tile(pattern, decode(layout), tile, self.backend)
-            mask = mask_in_order(pattern, decode(layout), place)
+            mask = mask_in_order((pattern,), decode(layout), place)
             done = 1.0 if mask is None else cost.done_density(mask, self.backend)
             self._densities[key] = (1.0 if mask is None else mask.density, done)
         return self._densities[key]
 
     def _share(self, density: float, done: float, grid: TokenGrid, head_dim: int) -> float:
-        fit = cost.find(self.study.facts.device_type, self.study.facts.dtype, head_dim, self.backend)
-        if fit is not None:
-            return fit.seconds(grid.seq_len, density, done) / fit.seconds(grid.seq_len, 1.0, 1.0)
-        return done + cost.PAID_WASTE.get(self.backend, 1.0) * max(0.0, density - done)
+        facts = self.study.facts
+        kind = (self.backend, facts.device_type, facts.dtype, head_dim)
+        return cost.expected_share_of(grid.seq_len, density, done, *kind)
 
     def _selecting(self, selector: Selector, grid: TokenGrid, head_dim: int) -> float:
         """Time of one head's selection over a dense head, spread over the calls that it serves."""
